@@ -1,0 +1,1 @@
+"""Audio files to training windows: build once with TFDS, then read at random with grain."""

@@ -1,0 +1,212 @@
+"""What the TFDS builders share: scan the sources, write the manifest, stream out the records.
+
+TFDS' generator path gathers a split in a shuffler that spills to disk through TensorFlow from
+1000 MiB on. Order matters here and nothing is shuffled, so `_shard_iterators_per_split` hands the
+same generators to TFDS' shard-by-shard path instead: memory is bounded by one shard for a split
+of any size, and TensorFlow is never needed.
+"""
+
+import abc
+import dataclasses
+import functools
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+from array_record.python import array_record_data_source
+
+from patchwave_jax.data import audio, manifest
+from patchwave_jax.data.manifest import RECORD_SAMPLES, FileEntry, Manifest, SkippedEntry
+from patchwave_jax.errors import UserError
+
+SHARD_RECORDS = 256  # 64 MiB of PCM: also what a build holds in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A source file's place: files with the same `track` and split, in order, are one recording."""
+
+    path: Path
+    name: str
+    split: str
+    track: str
+
+
+class AudioBuilder(
+    tfds.core.ShardBasedBuilder, tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
+    """Base of the builders. A subclass says which files there are and where they belong: `plan`."""
+
+    VERSION = tfds.core.Version(manifest.VERSION)
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {manifest.VERSION: "First release."}
+    SOURCE: ClassVar[Path | None] = None  # the sources' place, where they come with the package
+
+    def __init__(self, *, skip_bad: bool = False, **kwargs: Any):
+        """As TFDS builders; with `skip_bad`, files that can't be used are left out and listed."""
+        super().__init__(**{"file_format": "array_record", **kwargs})
+        self._skip_bad = skip_bad
+        self.needed_bytes = 0  # at most, known after the scan
+
+    @staticmethod
+    @abc.abstractmethod
+    def plan(source: Path) -> list[Planned]:
+        """The files to build from, in order.
+
+        Raises:
+          UserError: naming every stray or missing file.
+        """
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "audio": tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes"),
+            "recording": tfds.features.Text(),
+            "file": tfds.features.Text(),  # the file in which the record starts
+            "start": np.int64,  # in samples from the recording's start
+        }
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict({"sample_rate": audio.SAMPLE_RATE}),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
+        source = self.SOURCE or Path(dl_manager.manual_dir)
+        planned = self.plan(source)
+        self._manifest = built = scan(self.name, planned, self._skip_bad)
+        self.needed_bytes = sum(2 * entry.num_samples for entry in built.files)
+        check_space(self.data_path, self.needed_bytes)
+        (Path(self.data_path) / manifest.FILENAME).write_text(built.to_json())
+        paths = {file.name: file.path for file in planned}
+        progress = tqdm.tqdm(
+            desc="Writing", total=len(built.files), unit="file", disable=None, leave=False
+        )
+        return {
+            split: self._generate_examples(
+                [entry for entry in built.files if entry.split == split], paths, progress
+            )
+            for split in built.splits
+        }
+
+    def _generate_examples(
+        self, entries: Sequence[FileEntry], paths: Mapping[str, Path], progress: tqdm.tqdm
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The records of one split's files, numbered in order."""
+        key = 0
+        for recording, group in itertools.groupby(entries, lambda entry: entry.recording):
+            start, files, pending = 0, list(group), np.zeros(0, np.int16)
+            ends = np.cumsum([entry.num_samples for entry in files])
+            for entry in (*files, None):
+                pieces = [np.zeros(0, np.int16)] if entry is None else _checked(entry, paths)
+                for piece in pieces:
+                    pending = np.concatenate([pending, piece])
+                    while pending.size >= (1 if entry is None else RECORD_SAMPLES):
+                        pcm, pending = pending[:RECORD_SAMPLES], pending[RECORD_SAMPLES:]
+                        file = files[int(np.searchsorted(ends, start, side="right"))].name
+                        example = {"recording": recording, "file": file, "start": start}
+                        yield key, {"audio": pcm, **example}
+                        key, start = key + 1, start + pcm.size
+                if entry is not None:
+                    progress.update()
+
+    def _shard_iterators_per_split(
+        self, dl_manager: Any
+    ) -> dict[str, list[Callable[[], Iterator[tuple[int, dict]]]]]:
+        shards = {}
+        for split, examples in self._split_generators(dl_manager).items():
+            recordings = [r for r in self._manifest.recordings if r.split == split]
+            num_records = sum(r.num_records for r in recordings)
+            # TFDS runs these one after the other, so each takes the stream up where it was left.
+            take = functools.partial(itertools.islice, examples, SHARD_RECORDS)
+            shards[split] = [take] * -(-num_records // SHARD_RECORDS)
+        return shards
+
+
+def _checked(entry: FileEntry, paths: Mapping[str, Path]) -> Iterator[np.ndarray]:
+    path, num_samples = paths[entry.name], 0
+    for block in audio.blocks(path):
+        num_samples += block.size
+        yield block
+    if num_samples != entry.num_samples:
+        raise UserError(f"{path} changed during the build; run it again when nothing writes there")
+
+
+def scan(dataset: str, planned: Sequence[Planned], skip_bad: bool) -> Manifest:
+    """Reads every file and returns the manifest.
+
+    Raises:
+      UserError: listing every file that can't be used (without `skip_bad`), or the splits that
+        are left with no file.
+    """
+
+    def examine(file: Planned) -> audio.Facts | audio.BadAudioError:
+        try:
+            return audio.scan(file.path)
+        except audio.BadAudioError as error:
+            return error
+
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        progress = tqdm.tqdm(planned, desc="Reading", unit="file", disable=None, leave=False)
+        found = list(zip(progress, pool.map(examine, planned), strict=True))
+    bad = [facts for _, facts in found if isinstance(facts, audio.BadAudioError)]
+    if bad and not skip_bad:
+        raise UserError(
+            f"{len(bad)} of {len(planned)} files can't be used:\n"
+            + "".join(f"  {error}\n" for error in bad)
+            + "Mend them, or leave them out with --skip_bad"
+        )
+    skipped, runs = [], {}
+    for file, facts in found:
+        if isinstance(facts, audio.BadAudioError):
+            sha256 = audio.sha256(file.path) if file.path.is_file() else ""
+            skipped.append(SkippedEntry(file.name, sha256, facts.reason))
+        else:  # what was left out interrupts the recording
+            runs.setdefault((file.split, file.track, len(skipped)), []).append((file, facts))
+    entries = []
+    for (split, _, _), run in runs.items():
+        first, last = run[0][0].name, run[-1][0].name
+        recording = first if first == last else f"{first}..{last}"
+        for file, facts in run:
+            entries.append(
+                FileEntry(
+                    name=file.name, split=split, recording=recording, **dataclasses.asdict(facts)
+                )
+            )
+    if lost := {file.split for file in planned} - {entry.split for entry in entries}:
+        raise UserError(f"{dataset} has no usable file left in {', '.join(sorted(lost))}")
+    return manifest.make(dataset, entries, skipped)
+
+
+def verify(built: AudioBuilder) -> None:
+    """Opens every shard that was just written, since a full disk may go unnoticed till then.
+
+    Raises:
+      UserError: naming the shard that is not whole, and the space that the dataset takes.
+    """
+    for split in built.info.splits.values():
+        for path, expected in zip(split.filepaths, split.shard_lengths, strict=True):
+            try:
+                found = len(array_record_data_source.ArrayRecordDataSource([os.fspath(path)]))
+            except RuntimeError:
+                found = 0
+            if found != expected:
+                raise UserError(
+                    f"{path} was written with {found} of {expected} records; the dataset takes up "
+                    f"to {built.needed_bytes / 2**20:.0f} MiB: is the disk full?"
+                )
+
+
+def check_space(directory: str | os.PathLike[str], needed_bytes: int) -> None:
+    """Raises a `UserError` if `directory`'s file system hasn't room for `needed_bytes`."""
+    free = shutil.disk_usage(directory).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{directory} needs {needed_bytes / 2**20:.0f} MiB of disk and has "
+            f"{free / 2**20:.0f} MiB; free some, or choose another --data_dir"
+        )
