@@ -105,8 +105,8 @@ def sha256(path: Path) -> str:
 def _decode(path: Path) -> Iterator[Int16[np.ndarray, " _"]]:
     frames_read = 0
     try:
-        with sf.SoundFile(path) as file:
-            frames_declared, is_mp3 = file.frames, file.format == "MPEG"
+        with open(path, "rb") as raw, sf.SoundFile(raw) as file:
+            frames_declared = file.frames
             resampler = None
             if file.samplerate != SAMPLE_RATE:
                 resampler = soxr.ResampleStream(
@@ -128,16 +128,23 @@ def _decode(path: Path) -> Iterator[Int16[np.ndarray, " _"]]:
                 yield np.clip(np.round(mono * 32768), -32768, 32767).astype(np.int16)
                 if len(block) < BLOCK_FRAMES:
                     break
-    except (sf.SoundFileError, soxr.SoxrError) as error:
+            bytes_reached, is_mp3 = raw.tell(), file.format == "MP3"
+    except sf.SoundFileError as error:
         detail = getattr(error, "error_string", str(error)).strip()
         raise BadAudioError(
             path,
             f"can't be read as audio ({detail}): it is damaged, truncated or of another format; "
             "fetch it again, or convert it to wav or flac",
         ) from error
-    # An mp3 without a header frame only estimates its length: allow it a frame's worth.
-    if frames_read < frames_declared - (1152 if is_mp3 else 0):
+    if frames_read < frames_declared:
         raise _truncated(path, f"{frames_read} of {frames_declared} declared frames")
+    # Without a length header, libsndfile guesses an mp3's length from its first bit rate.
+    if is_mp3 and bytes_reached < 0.9 * (size := path.stat().st_size):
+        raise BadAudioError(
+            path,
+            f"has variable bit rate and no length header, so that only {bytes_reached} of its "
+            f"{size} bytes can be read; convert it to flac (ffmpeg -i FILE OUT.flac)",
+        )
 
 
 def _truncated(path: Path, found: str) -> BadAudioError:

@@ -103,7 +103,6 @@ def _build_aside(
             f"can't write the dataset to {staging.parent}: {error}; it takes up to "
             f"{tfds_builder.needed_bytes / 2**20:.0f} MiB"
         ) from error
-    builder.verify(tfds_builder)
     return Path(tfds_builder.data_path)
 
 
@@ -113,6 +112,8 @@ def _source_folder(dataset: str, source: str | os.PathLike[str] | None) -> Path:
     path = Path(source).expanduser()
     if not path.is_dir():
         raise UserError(f"--source={source} is not a folder")
+    if not any(path.iterdir()):
+        raise UserError(f"--source={source} holds no files")
     return path
 
 
@@ -198,7 +199,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m patchwave_jax.data.build",
         description="Build a dataset: 16 kHz mono PCM in ArrayRecord shards, with a manifest.",
-        epilog="; ".join(f"{n}: {k.MANUAL_DOWNLOAD_INSTRUCTIONS}" for n, k in _BUILDERS.items()),
+        epilog="\n".join(
+            f"{name}: {kind.MANUAL_DOWNLOAD_INSTRUCTIONS or 'Comes with the package.'}"
+            for name, kind in _BUILDERS.items()
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dataset", required=True, choices=manifest.DATASETS)
     parser.add_argument("--source", metavar="DIR", help="folder with the audio files")

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
-from array_record.python import array_record_data_source
 
 from patchwave_jax.data import audio, manifest
 from patchwave_jax.data.manifest import RECORD_SAMPLES, FileEntry, Manifest, SkippedEntry
@@ -81,7 +80,7 @@ class AudioBuilder(
         planned = self.plan(source)
         self._manifest = built = scan(self.name, planned, self._skip_bad)
         self.needed_bytes = sum(2 * entry.num_samples for entry in built.files)
-        check_space(self.data_path, self.needed_bytes)
+        check_space(self.data_dir_root, self.needed_bytes)
         (Path(self.data_path) / manifest.FILENAME).write_text(built.to_json())
         paths = {file.name: file.path for file in planned}
         progress = tqdm.tqdm(
@@ -183,30 +182,11 @@ def scan(dataset: str, planned: Sequence[Planned], skip_bad: bool) -> Manifest:
     return manifest.make(dataset, entries, skipped)
 
 
-def verify(built: AudioBuilder) -> None:
-    """Opens every shard that was just written, since a full disk may go unnoticed till then.
-
-    Raises:
-      UserError: naming the shard that is not whole, and the space that the dataset takes.
-    """
-    for split in built.info.splits.values():
-        for path, expected in zip(split.filepaths, split.shard_lengths, strict=True):
-            try:
-                found = len(array_record_data_source.ArrayRecordDataSource([os.fspath(path)]))
-            except RuntimeError:
-                found = 0
-            if found != expected:
-                raise UserError(
-                    f"{path} was written with {found} of {expected} records; the dataset takes up "
-                    f"to {built.needed_bytes / 2**20:.0f} MiB: is the disk full?"
-                )
-
-
 def check_space(directory: str | os.PathLike[str], needed_bytes: int) -> None:
     """Raises a `UserError` if `directory`'s file system hasn't room for `needed_bytes`."""
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
         raise UserError(
-            f"{directory} needs {needed_bytes / 2**20:.0f} MiB of disk and has "
-            f"{free / 2**20:.0f} MiB; free some, or choose another --data_dir"
+            f"the dataset takes up to {needed_bytes / 2**20:.0f} MiB and the disk of {directory} "
+            f"has {free / 2**20:.0f} MiB left; free some, or choose another --data_dir"
         )

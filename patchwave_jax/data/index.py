@@ -116,9 +116,11 @@ class Split:
 
     def _open(self) -> Sequence[Any]:
         with self._lock:
-            if self._records is None:
-                self._records = _tfds_builder(self._directory).as_data_source(split=self.name)
-            return self._records
+            records = self._records
+            if records is None:
+                records = _tfds_builder(self._directory).as_data_source(split=self.name)
+                self._records = records
+            return records
 
     def _shard_of(self, key: int) -> str:
         """The path of the shard that holds record `key`."""
@@ -143,7 +145,7 @@ def open_split(data_dir: str | os.PathLike[str], dataset: str, split: str) -> Sp
     return Split(manifest.dataset_dir(data_dir, dataset), built, manifest_hash, split)
 
 
-def _tfds_builder(directory: Path) -> tfds.core.DatasetBuilder:
+def _tfds_builder(directory: Path) -> Any:
     try:
         return tfds.builder_from_directory(directory)
     except Exception as error:

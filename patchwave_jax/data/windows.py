@@ -128,8 +128,8 @@ class Windows:
         recordings = np.searchsorted(self._first_positions, position, side="right") - 1
         return recordings, position - self._first_positions[recordings]
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """This process' rows of a step's batch.
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """This process' rows of the batch of step `index`.
 
         Returns:
           codes: uint8 [rows, window_samples].
@@ -139,10 +139,10 @@ class Windows:
         Raises:
           UserError: naming the shard, if it is damaged.
         """
-        recordings, starts = self._locate(step, self.rows)
+        recordings, starts = self._locate(index, self.rows)
         codes = np.empty((len(self.rows), self.window_samples), np.uint8)
         for i, row in enumerate(self.rows):
-            pcm, starts[i] = self._pcm(step, row, int(recordings[i]), int(starts[i]))
+            pcm, starts[i] = self._pcm(index, row, int(recordings[i]), int(starts[i]))
             codes[i] = self._quantiser.encode(pcm)
         return {"codes": codes, "recording": recordings.astype(np.int32), "start": starts}
 

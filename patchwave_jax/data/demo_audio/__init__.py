@@ -1,0 +1,1 @@
+"""The demo pieces, as package data."""
