@@ -1,0 +1,261 @@
+"""The configuration: typed, checked where it enters, with the paper's recipe as its defaults.
+
+A file in `configs/` returns an `ml_collections.ConfigDict` made by `to_config_dict`, so that
+`--config.train.batch_size=8` works on the command line; `from_config_dict` turns it back into
+these dataclasses and names any field that is unknown, missing, of a wrong type or out of range.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+
+import ml_collections
+
+from patchwave_jax import quantisers
+from patchwave_jax.errors import UserError
+
+OBJECTIVES = ("last", "dense")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network: everything that shapes its parameters, and its dropout."""
+
+    patch_samples: int = 2000  # P
+    kernel_size: int = 7
+    filters: tuple[int, ...] = (256, 256, 128, 128, 32)
+    strides: tuple[int, ...] = (2, 3, 2, 3, 2)  # the paper: "alternating between 2 and 3"
+    width: int = 128  # D
+    num_layers: int = 3
+    num_heads: int = 8  # H
+    head_size: int = 128  # K; only heads as wide as the model give the paper's 3.14M parameters
+    mlp_width: int = 256
+    readout_width: int = 1024
+    input: str = "waveform"  # 'waveform': the code as a number; 'embedding': a learned vector
+    embedding_width: int = 32
+    skip_connections: bool = False  # the newest output of every encoder layer, to the readout
+    head: str = "softmax"  # 'softmax' or 'logistic_mixture'
+    mixture_components: int = 8
+    predictor_taps: int = 64  # samples the mixture's linear predictor sees
+    conv_dropout: float = 0.2
+    mlp_dropout: float = 0.2
+    head_dropout: float = 0.2
+    token_dropout: float = 0.1  # whole tokens, at the input and after every layer
+    compute_dtype: str = "float32"  # or 'bfloat16'; parameters, norms, softmax, loss: float32
+
+    @property
+    def final_frames(self) -> int:
+        """Time steps that the last convolution leaves of a patch."""
+        frames = self.patch_samples
+        for stride in self.strides:
+            frames = (frames - self.kernel_size) // stride + 1
+        return frames
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples of a patch that its token depends on, always the newest ones."""
+        field, step = 1, 1
+        for stride in self.strides:
+            field += (self.kernel_size - 1) * step
+            step *= stride
+        return field + (self.final_frames - 1) * step
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where windows come from."""
+
+    dataset: str = "youtube_mix"  # youtube_mix, maestro, audio_folder or piano_demo
+    data_dir: str = ""  # where datasets are built; empty: $PATCHWAVE_DATA_DIR or the user's cache
+    quantiser: str = "mulaw"  # mulaw, linear or sashimi
+    distinct_positions: int = 10_000_000  # windows of one epoch, fixed by the seed; 0: all there are
+    gain_db: float = 0.0  # augmentation: gain, uniform in +- this
+    pitch_semitones: float = 0.0  # augmentation: pitch by resampling, uniform in +- this
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The recipe."""
+
+    batch_size: int = 40  # windows or segments of one step, over all devices
+    micro_batch_size: int = 8  # rows of a step computed at once; 0: all
+    hop: int = 1  # 'dense' only: a target at every hop-th sample; divides the patch
+    num_steps: int = 1_000_000  # a limit; the paper stops when the validation loss is flat
+    learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    schedule: str = "drop"  # 'drop': to final_learning_rate at decay_steps; 'cosine': down to it
+    decay_steps: int = 250_000
+    final_learning_rate: float = 5e-6  # the paper: "0.5*1e-5"
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0  # global gradient norm; 0: no clipping
+    patience_evals: int = 10  # stop after so many validations without a gain past decay_steps; 0: no
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What does not change what is learned."""
+
+    log_every_steps: int = 10
+    eval_every_steps: int = 1_000
+    eval_targets: int = 1_000_000  # validation targets during training; 0: the whole split
+    save_every_steps: int = 1_000
+    keep_checkpoints: int = 2  # the newest ones; the best is kept besides
+    phase_chunk: int = 0  # phases the Transformer runs at once; 0: chosen for the memory
+    encode_chunk_patches: int = 0  # patches the dense encoder runs at once; 0: chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    objective: str = "last"  # 'last': one target a window, bidirectional; 'dense': all, causal
+    context_samples: int = 128_000  # T, a whole number of patches
+    seed: int = 0
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    @property
+    def patches(self) -> int:
+        """N, the tokens of one context."""
+        return self.context_samples // self.model.patch_samples
+
+    @property
+    def window_samples(self) -> int:
+        """Samples of one row of a batch: the context and its target, or a segment."""
+        if self.objective == "last":
+            return self.context_samples + 1
+        return self.context_samples + self.model.patch_samples
+
+    @property
+    def targets_per_row(self) -> int:
+        return 1 if self.objective == "last" else self.context_samples // self.train.hop
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """`config` as the mutable tree that command-line flags override."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def from_config_dict(tree: Mapping[str, typing.Any]) -> Config:
+    """The typed configuration. Raises `UserError` naming the field that is wrong."""
+    if isinstance(tree, ml_collections.ConfigDict):
+        tree = tree.to_dict()
+    config = _build(Config, tree, "config")
+    _check(config)
+    return config
+
+
+def _build(kind: type, tree: Mapping[str, typing.Any], where: str):
+    hints = typing.get_type_hints(kind)
+    for name in tree:
+        if name not in hints:
+            raise UserError(f"{where}.{name} is no field; there are {', '.join(sorted(hints))}")
+    values = {}
+    for name, hint in hints.items():
+        if name not in tree:
+            raise UserError(f"{where}.{name} is missing")
+        values[name] = _typed(hint, tree[name], f"{where}.{name}")
+    return kind(**values)
+
+
+def _typed(hint: typing.Any, value: typing.Any, where: str):
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if isinstance(hint, types.GenericAlias):
+        if not isinstance(value, (tuple, list)):
+            raise UserError(f"{where} must be a tuple such as '(2, 3)', got {value!r}")
+        return tuple(_typed(hint.__args__[0], item, where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{where} must be of type {hint.__name__}, got {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"{where} must be finite, got {value!r}")
+    return value
+
+
+def _check(config: Config) -> None:
+    def one_of(where: str, value: str, names: tuple[str, ...]) -> None:
+        require(value in names, where, f"must be one of {', '.join(names)}, got {value!r}")
+
+    def require(ok: bool, where: str, what: str) -> None:
+        if not ok:
+            raise UserError(f"config.{where} {what}")
+
+    model, data, train, run = config.model, config.data, config.train, config.run
+    one_of("objective", config.objective, OBJECTIVES)
+    one_of("model.input", model.input, ("waveform", "embedding"))
+    one_of("model.head", model.head, ("softmax", "logistic_mixture"))
+    one_of("model.compute_dtype", model.compute_dtype, ("float32", "bfloat16"))
+    one_of("data.quantiser", data.quantiser, quantisers.NAMES)
+    one_of("train.schedule", train.schedule, ("drop", "cosine"))
+
+    zero_allowed = {
+        "seed", "num_layers", "distinct_positions", "micro_batch_size", "warmup_steps",
+        "patience_evals", "eval_targets", "phase_chunk", "encode_chunk_patches",
+    }  # fmt: skip
+    for section, part in (("model.", model), ("data.", data), ("train.", train), ("run.", run)):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, bool) or not isinstance(item, (int, float)):
+                    continue
+                least = 0 if isinstance(item, float) or field.name in zero_allowed else 1
+                require(item >= least, section + field.name, f"must be at least {least}, got {item}")
+            if field.name.endswith("_dropout"):
+                require(value < 1, section + field.name, f"must be below 1, got {value}")
+    require(0 <= config.seed < 2**31, "seed", f"must be in [0, 2**31), got {config.seed}")
+
+    require(model.width % 2 == 0, "model.width", f"must be even, got {model.width}")
+    require(
+        0 < len(model.strides) == len(model.filters),
+        "model.strides",
+        f"must have one entry for each of the {len(model.filters)} model.filters",
+    )
+    require(
+        model.final_frames >= 1,
+        "model.patch_samples",
+        f"{model.patch_samples} is too short for strides {model.strides}, kernel {model.kernel_size}",
+    )
+    require(
+        model.predictor_taps <= model.patch_samples,
+        "model.predictor_taps",
+        f"{model.predictor_taps} is more than model.patch_samples, {model.patch_samples}",
+    )
+    size = model.patch_samples
+    require(
+        config.context_samples > 0 and config.context_samples % size == 0,
+        "context_samples",
+        f"{config.context_samples} is not a whole number of patches of {size} samples; "
+        f"the nearest is {max(1, round(config.context_samples / size)) * size}",
+    )
+    require(size % train.hop == 0, "train.hop", f"{train.hop} does not divide the patch of {size}")
+    require(
+        config.objective == "dense" or train.hop == 1,
+        "train.hop",
+        "needs config.objective='dense'; 'last' has one target a window",
+    )
+    rows = train.micro_batch_size or train.batch_size
+    require(
+        train.batch_size % rows == 0,
+        "train.micro_batch_size",
+        f"{rows} does not divide train.batch_size, {train.batch_size}",
+    )
+    if run.phase_chunk:
+        phases = size // train.hop
+        require(
+            phases % run.phase_chunk == 0,
+            "run.phase_chunk",
+            f"{run.phase_chunk} does not divide the {phases} phases",
+        )
+    if run.encode_chunk_patches:
+        require(
+            config.patches % run.encode_chunk_patches == 0,
+            "run.encode_chunk_patches",
+            f"{run.encode_chunk_patches} does not divide the {config.patches} patches",
+        )

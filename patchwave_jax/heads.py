@@ -1,0 +1,138 @@
+"""Two heads over the same 256 codes, so that their NLL compare: softmax and logistic mixture.
+
+A head turns the readout's hidden vector into log-probabilities of codes, always in float32.
+Dimension letters are those of `patchwave_jax.model`; `K` counts mixture components.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, UInt8
+
+from patchwave_jax import quantisers
+
+
+class Softmax(nnx.Module):
+    """A linear layer and a softmax over the 256 codes (the paper's head)."""
+
+    taps = 0
+
+    def __init__(self, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(hidden, quantisers.NUM_CODES, dtype=dtype, rngs=rngs)
+
+    def logits(
+        self, hidden: Float[Array, "*shape F"], prediction: None
+    ) -> Float32[Array, "*shape 256"]:
+        """Unnormalised log-probabilities of all codes."""
+        return self.linear(hidden).astype(jnp.float32)
+
+    def log_prob(
+        self, hidden: Float[Array, "*shape F"], prediction: None, codes: UInt8[Array, "*shape"]
+    ) -> Float32[Array, "*shape"]:
+        """Log-probability of `codes`, in nats."""
+        logits = self.logits(hidden, prediction)
+        chosen = jnp.take_along_axis(logits, codes[..., None].astype(jnp.int32), -1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, -1)
+
+
+class LogisticMixture(nnx.Module):
+    """A mixture of discretised logistics around a learned linear prediction of the waveform.
+
+    The probability of a code is the mass that the mixture puts on its bin (PixelCNN++, Parallel
+    WaveNet); the outermost bins reach to infinity, so the 256 masses sum to 1. A component's
+    mean is the linear prediction from the last `taps` samples plus an offset, in units of the
+    prediction error's scale, so that training starts from linear prediction and learns the rest.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        *,
+        components: int,
+        taps: int,
+        quantiser: str,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.components, self.taps, self.quantiser = components, taps, quantiser
+        small = nnx.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
+        self.linear = nnx.Linear(hidden, 3 * components, kernel_init=small, dtype=dtype, rngs=rngs)
+        spread = np.zeros((components, 3), np.float32)
+        spread[:, 2] = np.linspace(-2, 1, components)
+        self.linear.bias[...] = jnp.asarray(spread.reshape(-1))
+        self.predictor = nnx.Param(jnp.zeros(taps).at[-1].set(1.0))  # oldest sample first
+        self.log_scale = nnx.Param(jnp.float32(-5.0))
+
+    def start_from(self, predictor: Float32[np.ndarray, "taps"], scale: float) -> None:
+        """Sets the linear predictor and the scale of its error (full scale 1) before training."""
+        self.predictor[...] = jnp.asarray(predictor, jnp.float32)
+        self.log_scale[...] = jnp.float32(np.log(scale))
+
+    def predict(self, codes: UInt8[Array, "B T"]) -> Float32[Array, "B T-taps+1"]:
+        """Linear prediction of the sample after every stretch of `taps` samples, full scale 1."""
+        waveform = jnp.asarray(quantisers.get(self.quantiser).centres)[codes.astype(jnp.int32)]
+        return _correlate(waveform, self.predictor[...])
+
+    def log_prob(
+        self,
+        hidden: Float[Array, "*shape F"],
+        prediction: Float32[Array, "*shape"],
+        codes: UInt8[Array, "*shape"],
+    ) -> Float32[Array, "*shape"]:
+        """Log-probability of `codes`, in nats."""
+        edges = jnp.asarray(quantisers.get(self.quantiser).edges)
+        index = codes.astype(jnp.int32)
+        weights, means, log_scales = self._mixture(hidden, prediction)
+        low, high = edges[index][..., None], edges[index + 1][..., None]
+        mass = _log_bin_mass(low, high, index[..., None], means, log_scales)
+        return jax.nn.logsumexp(weights + mass, -1)
+
+    def logits(
+        self, hidden: Float[Array, "*shape F"], prediction: Float32[Array, "*shape"]
+    ) -> Float32[Array, "*shape 256"]:
+        """Log-probabilities of all codes (they are normalised)."""
+        edges = jnp.asarray(quantisers.get(self.quantiser).edges)
+        index = jnp.arange(quantisers.NUM_CODES)[:, None]
+        weights, means, log_scales = (x[..., None, :] for x in self._mixture(hidden, prediction))
+        mass = _log_bin_mass(edges[:-1, None], edges[1:, None], index, means, log_scales)
+        return jax.nn.logsumexp(weights + mass, -1)
+
+    def _mixture(self, hidden, prediction):
+        raw = self.linear(hidden).astype(jnp.float32)
+        weights, offsets, log_scales = jnp.moveaxis(
+            raw.reshape(*raw.shape[:-1], self.components, 3), -1, 0
+        )
+        error_scale = self.log_scale[...]
+        means = prediction[..., None] + offsets * jnp.exp(error_scale)
+        # e^-14 is a hundredth of the narrowest mu-law bin; e^2 covers full scale.
+        log_scales = jnp.clip(log_scales + error_scale, -14.0, 2.0)
+        return jax.nn.log_softmax(weights), means, log_scales
+
+
+def _log_bin_mass(low, high, index, means, log_scales):
+    """log(F(high) - F(low)) of a logistic, where the outermost bins are open.
+
+    With a = (low - mean) / scale and b = (high - mean) / scale, the difference of the two
+    sigmoids is sigmoid(b) sigmoid(-a) (1 - e^(a - b)): a sum of logarithms that are all safe.
+    """
+    inverse = jnp.exp(-log_scales)
+    upper = jnp.where(index == 255, 0.0, jax.nn.log_sigmoid((high - means) * inverse))
+    lower = jnp.where(index == 0, 0.0, jax.nn.log_sigmoid((means - low) * inverse))
+    closed = (index > 0) & (index < 255)
+    width = jnp.where(closed, (high - low) * inverse, 1.0)
+    return upper + lower + jnp.where(closed, jnp.log(-jnp.expm1(-width)), 0.0)
+
+
+def _correlate(
+    x: Float32[Array, "B T"], taps: Float32[Array, "K"]
+) -> Float32[Array, "B T-K+1"]:
+    """y[t] = sum_k taps[k] x[t+k], as products of blocks of K outputs with a Toeplitz matrix."""
+    k, outputs = taps.shape[0], x.shape[1] - taps.shape[0] + 1
+    blocks = -(-outputs // k)
+    padded = jnp.pad(x, ((0, 0), (0, (blocks + 1) * k - x.shape[1])))
+    halves = padded.reshape(x.shape[0], blocks + 1, k)
+    lag = jnp.arange(2 * k)[:, None] - jnp.arange(k)[None, :]
+    toeplitz = jnp.where((lag >= 0) & (lag < k), taps[jnp.clip(lag, 0, k - 1)], 0.0)
+    y = jnp.concatenate([halves[:, :-1], halves[:, 1:]], -1) @ toeplitz
+    return y.reshape(x.shape[0], -1)[:, :outputs]

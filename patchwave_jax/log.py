@@ -1,0 +1,91 @@
+"""What a run tells: `metrics.jsonl`, TensorBoard, and a progress bar or lines."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+from absl import logging
+from tqdm import tqdm
+
+
+class Log:
+    """Metrics of one run. A context manager."""
+
+    def __init__(self, workdir: str | os.PathLike[str], first_step: int, num_steps: int):
+        """Opens the logs of `workdir`; rows past `first_step`, which will come again, go."""
+        self._path = Path(workdir) / "metrics.jsonl"
+        rows = self._path.read_text().splitlines() if self._path.exists() else []
+        kept = [row for row in rows if _step_of(row) <= first_step]
+        if len(kept) < len(rows):
+            aside = self._path.with_suffix(".tmp")
+            aside.write_text("".join(f"{row}\n" for row in kept))
+            aside.replace(self._path)
+        self._file = self._path.open("a")
+        self._board = tensorboardX.SummaryWriter(
+            str(Path(workdir) / "tensorboard"), purge_step=first_step + 1, max_queue=100
+        )
+        minutes = [json.loads(row)["minutes"] for row in kept[-1:]]
+        self._start = time.monotonic() - 60 * (minutes[0] if minutes else 0.0)
+        self._bar = tqdm(
+            initial=first_step,
+            total=num_steps,
+            disable=not sys.stderr.isatty(),
+            unit="step",
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+    @property
+    def minutes(self) -> float:
+        """Wall-clock minutes of the run, over restarts."""
+        return (time.monotonic() - self._start) / 60
+
+    def advance(self) -> None:
+        """One more step is under way."""
+        self._bar.update()
+
+    def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """Records `values` of `kind` ('train' or 'validation') after `step` steps."""
+        row = {"step": step, "kind": kind, "minutes": round(self.minutes, 4), **values}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        bits = values["nll_bits"]
+        if kind == "train":
+            rate = values["targets_per_second"]
+            self._bar.set_postfix_str(f"{bits:.3f} bits, {rate:,.0f} targets/s")
+            if self._bar.disable:
+                left = (self._bar.total - step) * (values["seconds_per_step"]) / 60
+                print(
+                    f"step {step}/{self._bar.total}: {bits:.3f} bits/sample, "
+                    f"{rate:,.0f} targets/s, {left:.1f} min left",
+                    flush=True,
+                )
+        else:
+            self.say(f"step {step}: {kind} {bits:.4f} bits/sample after {self.minutes:.1f} min")
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the progress bar."""
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def _step_of(row: str) -> float:
+    try:
+        return json.loads(row)["step"]
+    except (ValueError, KeyError):  # a line cut short by a kill
+        logging.warning("metrics.jsonl: dropped an incomplete line")
+        return float("inf")

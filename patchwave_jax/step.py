@@ -1,0 +1,194 @@
+"""The training step: state, optimizer, loss, and the jitted update on a mesh.
+
+The mesh has one axis, `data`: a batch's rows are split over it and the parameters replicated.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float32, UInt8
+
+from patchwave_jax.config import Config
+from patchwave_jax.errors import UserError
+from patchwave_jax.model import PatchWave
+
+State = dict[str, Any]  # params, opt_state, step
+LN2 = math.log(2)
+
+
+def make_mesh() -> Mesh:
+    """All devices along `data`."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def make_model(config: Config, rngs: nnx.Rngs) -> PatchWave:
+    return PatchWave(
+        config.model,
+        causal=config.objective == "dense",
+        quantiser=config.data.quantiser,
+        rngs=rngs,
+    )
+
+
+def graphdef_and_params(config: Config) -> tuple[Any, Any]:
+    """The model's static structure and its parameters' shapes, without computing anything."""
+    model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(config.seed)))
+    graphdef, params = nnx.split(model)
+    return graphdef, params
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """The learning rate after so many steps."""
+    train = config.train
+    if train.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            0.0 if train.warmup_steps else train.learning_rate,
+            train.learning_rate,
+            train.warmup_steps,
+            max(train.decay_steps, train.warmup_steps + 1),
+            train.final_learning_rate,
+        )
+    drop = optax.piecewise_constant_schedule(
+        train.learning_rate, {train.decay_steps: train.final_learning_rate / train.learning_rate}
+    )
+    if not train.warmup_steps:
+        return drop
+    return lambda step: drop(step) * jnp.minimum(1.0, (step + 1) / train.warmup_steps)
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Adam, with decoupled weight decay of matrices and clipping where the recipe has them."""
+    train = config.train
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity(),
+        optax.adamw(
+            make_schedule(config),
+            b2=train.beta2,
+            weight_decay=train.weight_decay,
+            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a run compiles: `init` and `update`, both jitted with their shardings."""
+
+    config: Config
+    mesh: Mesh
+    graphdef: Any
+    abstract_state: State  # shapes, dtypes and shardings
+    init: Callable[[], State]
+    update: Callable[[State, UInt8[Array, "B T"]], tuple[State, dict[str, Array]]]
+
+
+def make_step(config: Config, mesh: Mesh) -> Step:
+    """The training step of `config` on `mesh`.
+
+    Raises:
+      UserError: if the rows of a micro-batch can't be split evenly over the devices.
+    """
+    train = config.train
+    rows = train.micro_batch_size or train.batch_size
+    if rows % mesh.size:
+        field = "train.micro_batch_size" if train.micro_batch_size else "train.batch_size"
+        raise UserError(f"config.{field} {rows} is not a multiple of the {mesh.size} devices")
+    graphdef, _ = graphdef_and_params(config)
+    optimizer = make_optimizer(config)
+    phase_chunk, chunk_patches = choose_chunks(config, rows // mesh.size, mesh.devices.flat[0])
+
+    def init() -> State:
+        params = nnx.state(make_model(config, nnx.Rngs(config.seed)))
+        return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
+
+    def loss(params: Any, codes: UInt8[Array, "b T"], key: Array) -> Float32[Array, ""]:
+        model = nnx.merge(graphdef, params)
+        if config.objective == "last":
+            return -model.next_sample_log_prob(codes, key).mean()
+        log_probs = model.dense_log_prob(
+            codes, hop=train.hop, phase_chunk=phase_chunk, chunk_patches=chunk_patches, key=key
+        )
+        return -log_probs.mean()
+
+    def update(state: State, codes: UInt8[Array, "B T"]) -> tuple[State, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+        # Row i of the batch goes to micro-batch i % count: each device keeps the rows it has.
+        micro = jnp.moveaxis(codes.reshape(rows, -1, codes.shape[1]), 1, 0)
+        keys = jax.random.split(key, micro.shape[0])
+
+        def accumulate(total, piece):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(state["params"], *piece)), 0
+
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state["params"]))
+        if micro.shape[0] == 1:
+            nats, gradient = jax.value_and_grad(loss)(state["params"], micro[0], keys[0])
+        else:
+            total, _ = jax.lax.scan(accumulate, zero, (micro, keys))
+            nats, gradient = jax.tree.map(lambda x: x / micro.shape[0], total)
+        updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        metrics = {"nll_nats": nats, "gradient_norm": optax.tree.norm(gradient)}
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+
+    everywhere = replicated(mesh)
+    abstract_state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(init)
+    )
+    return Step(
+        config=config,
+        mesh=mesh,
+        graphdef=graphdef,
+        abstract_state=abstract_state,
+        init=jax.jit(init, out_shardings=everywhere),
+        update=jax.jit(
+            update,
+            in_shardings=(everywhere, by_rows(mesh)),
+            out_shardings=everywhere,
+            donate_argnums=0,
+        ),
+    )
+
+
+def choose_chunks(config: Config, rows: int, device: Any) -> tuple[int, int]:
+    """`(phase_chunk, chunk_patches)` of the dense form for `rows` segments on one device.
+
+    What the configuration leaves at 0 is chosen so that the activations kept for the backward
+    pass stay within a third of the device's memory (a third of 12 GB where it does not tell).
+    """
+    model, run = config.model, config.run
+    stats = device.memory_stats() or {}
+    budget = stats.get("bytes_limit", 12e9) / 3
+    patches, phases = config.patches, model.patch_samples // config.train.hop
+    bytes_each = jnp.dtype(model.compute_dtype).itemsize
+    layer = model.num_heads * (2 * model.width + 2 * patches) + 8 * model.width + model.mlp_width
+    token = model.num_layers * layer + 2 * model.readout_width + 512
+    phase = rows * patches * token * bytes_each
+    patch = rows * model.patch_samples * 3 * sum(model.filters) * bytes_each
+    return (
+        run.phase_chunk or _largest_divisor(phases, budget / 8 / phase),
+        run.encode_chunk_patches or _largest_divisor(patches, budget / patch),
+    )
+
+
+def _largest_divisor(total: int, most: float) -> int:
+    return max(d for d in range(1, total + 1) if total % d == 0 and d <= max(1, most))
+
+
+def count_parameters(params: Any) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))

@@ -1,0 +1,250 @@
+"""Trains a model: `python -m patchwave_jax.train --config=configs/demo.py --workdir=DIR`.
+
+A working directory that holds checkpoints is resumed. SIGTERM and Ctrl-C save and stop.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from flax import nnx
+from ml_collections import config_flags
+
+from patchwave_jax import checkpoint, quantisers, sliding, yardsticks
+from patchwave_jax.checkpoint import Checkpoints
+from patchwave_jax.config import Config, from_config_dict
+from patchwave_jax.data.build import ensure_built
+from patchwave_jax.data.index import Split, open_split
+from patchwave_jax.data.manifest import default_data_dir
+from patchwave_jax.data.windows import Windows, batches, clips
+from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.log import Log
+from patchwave_jax.step import LN2, State, Step, count_parameters, make_mesh, make_schedule, make_step
+
+PAPER_PARAMETERS = "3.14M"
+
+
+def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
+    """Trains `config` in `workdir`, going on from its newest checkpoint if there is one.
+
+    Returns:
+      Whether training came to its end; False if a signal stopped it.
+
+    Raises:
+      UserError: if the configuration contradicts the checkpoint's model, the data is not there,
+        or the loss is no longer a number (the last good checkpoint is kept).
+    """
+    data_dir = config.data.data_dir or default_data_dir()
+    ensure_built(config.data.dataset, data_dir)
+    train_split = open_split(data_dir, config.data.dataset, "train")
+    validation_split = open_split(data_dir, config.data.dataset, "validation")
+    windows = make_windows(config, train_split)
+
+    mesh = make_mesh()
+    step = make_step(config, mesh)
+    evaluator = sliding.Evaluator(config, mesh)
+    schedule, run = make_schedule(config), config.run
+    num_steps, targets_per_step = config.train.num_steps, step_targets(config)
+    print(
+        f"{count_parameters(step.abstract_state['params']):,} parameters (the paper: "
+        f"{PAPER_PARAMETERS}), objective {config.objective}, context {config.context_samples:,} "
+        f"samples, {targets_per_step:,} targets a step, {mesh.size} x "
+        f"{mesh.devices.flat[0].device_kind}",
+        flush=True,
+    )
+
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    with (
+        Checkpoints(workdir, keep=run.keep_checkpoints) as checkpoints,
+        stop_requested() as stopping,
+    ):
+        state, best, flat = restore_or_init(config, step, checkpoints, train_split)
+        done = int(state["step"])
+        write_config(config, workdir)
+        data = batches(windows, done)
+
+        with Log(workdir, done, num_steps) as log:
+            clock, timed = time.monotonic(), done
+            while done < num_steps and not exhausted(config, flat):
+                state, metrics = step.update(state, next(data)["codes"])
+                done += 1
+                log.advance()
+                stop, last = stopping(), done == num_steps
+                evaluating = done % run.eval_every_steps == 0 or last
+                saving = done % run.save_every_steps == 0 or evaluating or stop
+                if done % run.log_every_steps == 0 or saving:
+                    nats, gradient_norm = (float(metrics[k]) for k in ("nll_nats", "gradient_norm"))
+                    require_finite(nats, gradient_norm, done, checkpoints.latest)
+                    seconds = (time.monotonic() - clock) / (done - timed)
+                    values = {
+                        "nll_nats": nats,
+                        "nll_bits": nats / LN2,
+                        "gradient_norm": gradient_norm,
+                        "learning_rate": float(schedule(done - 1)),
+                        "seconds_per_step": seconds,
+                        "targets_per_second": targets_per_step / seconds,
+                        "targets": done * targets_per_step,
+                    }
+                    log.write(done, "train", values)
+                validation = None
+                if evaluating and not stop:
+                    result = sliding.evaluate_split(
+                        evaluator, state["params"], validation_split, max_targets=run.eval_targets
+                    )
+                    log.write(done, "validation", dataclasses.asdict(result))
+                    validation = result.nll_nats
+                    improved = best is None or validation < best
+                    best = validation if improved else best
+                    flat = flat + 1 if not improved and done > config.train.decay_steps else 0
+                if saving:
+                    checkpoints.save(
+                        done,
+                        state,
+                        config=config,
+                        manifest_hash=train_split.manifest_hash,
+                        best_nats=best,
+                        flat_evals=flat,
+                        validation_nats=validation,
+                    )
+                if done % run.log_every_steps == 0 or saving:
+                    clock, timed = time.monotonic(), done
+                if stop:
+                    log.say(f"stopped by a signal; saved step {done}. The same command goes on.")
+                    return False
+        checkpoints.wait()
+        print(closing_words(config, workdir, done, checkpoints.best, best), flush=True)
+    return True
+
+
+def make_windows(config: Config, split: Split) -> Windows:
+    """The training windows of `split` that `config` asks for."""
+    data = config.data
+    return Windows(
+        split,
+        window_samples=config.window_samples,
+        batch_size=config.train.batch_size,
+        quantiser=data.quantiser,
+        seed=config.seed,
+        distinct_positions=data.distinct_positions or None,
+        gain_db=data.gain_db,
+        pitch_semitones=data.pitch_semitones,
+    )
+
+
+def step_targets(config: Config) -> int:
+    """Targets of one step."""
+    return config.train.batch_size * config.targets_per_row
+
+
+def exhausted(config: Config, flat_evals: int) -> bool:
+    """Whether the validation NLL has been flat for as long as the recipe waits."""
+    return 0 < config.train.patience_evals <= flat_evals
+
+
+def restore_or_init(
+    config: Config, step: Step, checkpoints: Checkpoints, split: Split
+) -> tuple[State, float | None, int]:
+    """The state to go on from, the best validation NLL so far, and how long it has been flat."""
+    if checkpoints.latest is None:
+        state = step.init()
+        if config.model.head == "logistic_mixture":
+            state["params"] = start_from_linear_prediction(config, step, state["params"], split)
+        return state, None, 0
+    record = checkpoints.record(checkpoints.latest)
+    checkpoint.check_same_model(config, record.config)
+    for change in checkpoint.changes(config, record.config):
+        logging.warning("changed since the checkpoint: %s", change)
+    if record.manifest_hash != split.manifest_hash:
+        logging.warning("the data is not what the checkpoint was trained on: its manifest differs")
+    state = checkpoints.restore(checkpoints.latest, step.abstract_state)
+    print(f"resumed from step {checkpoints.latest}", flush=True)
+    return state, record.best_nats, record.flat_evals
+
+
+def start_from_linear_prediction(config: Config, step: Step, params: Any, split: Split) -> Any:
+    """Parameters whose mixture starts from the train split's least-squares linear prediction."""
+    quantiser = quantisers.get(config.data.quantiser)
+    stretches = list(clips(split, 2**15, drop_last=False))
+    chosen = stretches[:: max(1, len(stretches) // 64)]
+    excerpts = [quantiser.encode(split.read(c.recording, c.start, c.length)) for c in chosen]
+    taps, scale = yardsticks.fit_linear(excerpts, quantiser, config.model.predictor_taps)
+    model = nnx.merge(step.graphdef, params)
+    model.head.start_from(taps, scale)
+    shardings = jax.tree.map(lambda x: x.sharding, step.abstract_state["params"])
+    return jax.device_put(nnx.state(model), shardings)
+
+
+def require_finite(nats: float, gradient_norm: float, done: int, latest: int | None) -> None:
+    """Raises `UserError` if the loss or its gradient is not a number."""
+    if math.isfinite(nats) and math.isfinite(gradient_norm):
+        return
+    kept = "no checkpoint was saved yet" if latest is None else f"step {latest} is the last good one"
+    raise UserError(
+        f"step {done}: the loss is {nats} and its gradient's norm {gradient_norm}; {kept}. "
+        "Lower config.train.learning_rate or set config.train.clip_norm, and start again from there"
+    )
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[Callable[[], bool]]:
+    """Within it, SIGTERM and Ctrl-C only make the yielded function say True."""
+    received: list[int] = []
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(s, lambda number, _: received.append(number)) for s in signals]
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def write_config(config: Config, workdir: str | os.PathLike[str]) -> None:
+    """Puts the configuration beside the checkpoints, for people to read."""
+    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    (Path(workdir) / "config.json").write_text(text)
+
+
+def closing_words(
+    config: Config, workdir: str | os.PathLike[str], done: int, best_step: int | None, best: Any
+) -> str:
+    """The result and the commands to go on with."""
+    lines = [f"trained to step {done}, {done * step_targets(config):,} targets"]
+    if best is not None:
+        lines.append(
+            f"best validation (step {best_step}): {best / LN2:.4f} bits ({best:.4f} nats) per "
+            f"sample, quantiser {config.data.quantiser}, context up to {config.context_samples:,}"
+        )
+    lines += [
+        f"checkpoints:  {workdir}/checkpoints",
+        f"metrics:      {workdir}/metrics.jsonl and {workdir}/tensorboard",
+        "go on with:",
+        f"  python -m patchwave_jax.evaluate --workdir={workdir} --split=test",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"unknown argument {argv[1]!r}")
+    if flags.FLAGS["verbosity"].using_default_value:
+        logging.set_verbosity(logging.WARNING)  # orbax tells a lot
+    config = from_config_dict(_CONFIG.value)
+    name = Path(flags.FLAGS["config"].config_filename).stem  # pyright: ignore
+    train(config, _WORKDIR.value or f"runs/{name}")
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/CONFIG.")
+    flags.mark_flag_as_required("config")
+    app.run(exits_cleanly(main))
