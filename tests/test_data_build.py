@@ -105,6 +105,7 @@ def test_youtube_mix_is_one_recording_per_split(tmp_path):
             lambda s: (s / "out003.wav").rename(s / "out3b.wav"),
             r"stray: out3b\.wav; missing: out003",
         ),
+        (lambda s: (s / "out20240101.wav").touch(), r"missing: out010\.wav to out20240100\.wav"),
         (lambda s: (s / "raw.wav").touch(), r"stray: raw\.wav"),
         (lambda s: (s / ".DS_Store").touch(), r"stray: \.DS_Store"),
         (lambda s: (s / "out010.flac").touch(), r"stray: out010\.flac"),

@@ -187,8 +187,8 @@ def report(built: Manifest, data_dir: str | os.PathLike[str]) -> str:
         if first.setdefault(entry.sha256, entry.split) != entry.split:
             lines.append(f"warning: {entry.name} also stands in {first[entry.sha256]}")
     lines.append(
-        "next: python -m patchwave_jax.train --config=configs/demo.py "
-        f"--config.dataset={built.dataset} --config.data_dir={data_dir}"
+        f"next: python -m patchwave_jax.train --config=configs/demo.py --workdir=runs/demo "
+        f"--config.data.dataset={built.dataset} --config.data.data_dir={data_dir}"
     )
     return "\n".join(lines)
 

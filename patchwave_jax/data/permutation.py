@@ -18,17 +18,24 @@ def permute(index: Int64[np.ndarray, " n"], size: int, *key: int) -> Int64[np.nd
     Args:
       index: Points of [0, size).
       size: From 1 to 2**62.
-      *key: Non-negative integers. Different keys give unrelated permutations.
+      *key: Integers of [0, 2**64). Different keys give unrelated permutations.
     """
     index = np.asarray(index, np.int64)
     if not 1 <= size <= MAX_SIZE or (index < 0).any() or (index >= size).any():
         raise ValueError(f"index outside [0, {size}), or size outside [1, 2**62]")
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    round_keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
+    round_keys = random_bits(_ROUNDS, *key)
     point = _feistel(index.astype(np.uint64), half_bits, round_keys)
     while (outside := point >= size).any():
         point[outside] = _feistel(point[outside], half_bits, round_keys)
     return point.astype(np.int64)
+
+
+def random_bits(count: int, *key: int) -> UInt64[np.ndarray, " count"]:
+    """Random words that depend on `key` only, and on every part of it."""
+    # SeedSequence pads with zeros and joins the words of large integers: give it fixed widths.
+    words = [len(key), *(word for part in key for word in (part & 0xFFFFFFFF, part >> 32))]
+    return np.random.SeedSequence(words).generate_state(count, np.uint64)
 
 
 def _feistel(

@@ -17,7 +17,7 @@ from jaxtyping import Int16, Int64
 
 from patchwave_jax import quantisers
 from patchwave_jax.data.index import Split
-from patchwave_jax.data.permutation import MAX_SIZE, permute
+from patchwave_jax.data.permutation import MAX_SIZE, permute, random_bits
 from patchwave_jax.errors import UserError
 
 # What a key is for, so that streams under one seed are unrelated.
@@ -153,14 +153,14 @@ class Windows:
         size = self.window_samples
         if not self._gain_db and not self._pitch_semitones:
             return self.split.read(recording, start, size), start
-        state = np.random.SeedSequence((_AUGMENT, self._seed, step, row))
-        gain, pitch = state.generate_state(2, np.uint64) / 2.0**63 - 1  # uniform in [-1, 1]
+        bits = random_bits(2, _AUGMENT, self._seed, step, row)
+        gain, pitch = bits / 2.0**63 - 1  # uniform in [-1, 1]
         factor = 2.0 ** (pitch * self._pitch_semitones / 12)
         count = min(max(round(size * factor), 1), int(self._lengths[recording]))
         start = min(start, int(self._lengths[recording]) - count)
         pcm = self.split.read(recording, start, count).astype(np.float64)
         if count != size:
-            pcm = np.resize(soxr.resample(pcm, count, size), size)
+            pcm = soxr.resample(pcm, count, size)
         pcm *= 10.0 ** (gain * self._gain_db / 20)
         return np.clip(np.round(pcm), -32768, 32767).astype(np.int16), start
 

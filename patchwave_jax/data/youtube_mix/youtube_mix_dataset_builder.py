@@ -81,17 +81,23 @@ def numbered_files(folder: Path, first: int | None) -> list[Path]:
             numbers.setdefault(int(match["number"]), []).append(name)
         else:
             stray.append(name)
-    lowest = min(numbers) if first is None else first
     prefix, suffix = kind.split("#")
     width = min(len(match["number"]) for match in matches.values())
-    missing = [
-        f"{prefix}{i:0{width}}{suffix}" for i in range(lowest, max(numbers)) if i not in numbers
-    ]
+    missing, expected = [], min(numbers) if first is None else first
+    for number in sorted(numbers):
+        ends = dict.fromkeys((expected, number - 1)) if number > expected else {}
+        missing += [" to ".join(f"{prefix}{end:0{width}}{suffix}" for end in ends)] if ends else []
+        expected = number + 1
     doubled = [name for same in numbers.values() if len(same) > 1 for name in same]
     problems = {"stray": sorted(stray), "missing": missing, "doubled": doubled}
-    found = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-    if found:
+    if any(problems.values()):
         raise UserError(
-            f"{folder} is not a run of numbered files, which would shift the split: {found}"
+            f"{folder} is not a run of numbered files, which would shift the split: "
+            + "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
         )
     return [folder / numbers[i][0] for i in sorted(numbers)]
+
+
+def _listed(names: list[str], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
