@@ -100,6 +100,12 @@ def floats(value: float):
     return write
 
 
+def beyond_4_gib(path):
+    path.write_bytes(wav(noise(9000), 18_000))
+    with open(path, "r+b") as file:  # a hole on most file systems: it takes no space
+        file.truncate(44 + 18_000 + 2**32)
+
+
 BAD = {
     "text.wav": (lambda path: path.write_text("no audio " * 100), "can't be read as audio"),
     "zero_bytes.wav": (lambda path: path.write_bytes(b""), "is empty"),
@@ -111,6 +117,7 @@ BAD = {
     "cut.wav": (lambda p: p.write_bytes(wav(noise(9000), 20_000)), "holds 18000 of 20000 bytes"),
     "cut_header.wav": (lambda path: path.write_bytes(wav(noise(0), 0)[:36]), "truncated"),
     "unfinished.wav": (lambda p: p.write_bytes(wav(noise(9000), 0, 0)), "18000 bytes follow"),
+    "over_4_gib.wav": (beyond_4_gib, "is over 4 GiB"),
     "cut.flac": (halved("flac"), "truncated"),
     "cut.ogg": (halved("ogg"), "truncated"),
     "cut.mp3": (halved("mp3"), "truncated"),

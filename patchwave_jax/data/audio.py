@@ -129,7 +129,7 @@ def _decode(path: Path) -> Iterator[Int16[np.ndarray, " _"]]:
                 if len(block) < BLOCK_FRAMES:
                     break
             bytes_reached, is_mp3 = raw.tell(), file.format == "MP3"
-    except sf.SoundFileError as error:
+    except (sf.SoundFileError, RuntimeError) as error:  # soxr raises the latter
         detail = getattr(error, "error_string", str(error)).strip()
         raise BadAudioError(
             path,
@@ -192,6 +192,12 @@ def _check_wav(path: Path, file, size: int) -> None:
             )
         if held < declared:
             raise _truncated(path, f"{held} of {declared} bytes of audio")
+        if held - declared >= 2**32:  # the size of the audio, modulo 2**32
+            raise BadAudioError(
+                path,
+                "is over 4 GiB, which a WAV header can't say, so that only its start would be "
+                "read; convert it to flac or RF64 (ffmpeg -i FILE -rf64 auto OUT.wav)",
+            )
         return
     raise _truncated(path, "no audio data after its header")
 

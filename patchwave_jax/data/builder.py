@@ -113,6 +113,8 @@ class AudioBuilder(
                         key, start = key + 1, start + pcm.size
                 if entry is not None:
                     progress.update()
+        if progress.n == progress.total:
+            progress.close()
 
     def _shard_iterators_per_split(
         self, dl_manager: Any
