@@ -441,6 +441,22 @@ def test_memory_does_not_grow_with_the_split(tmp_path, monkeypatch):
     assert peaks[1] < 1.2 * peaks[0]
 
 
+@pytest.mark.parametrize("change", [-1000, 1000])
+def test_a_file_that_changes_during_the_build_is_an_error(tmp_path, monkeypatch, change):
+    write(tmp_path / "source", ["train/a.wav", "test/a.wav"], 2**17)
+    scan = builder.scan
+
+    def scan_then_change(*args):
+        built = scan(*args)
+        write(tmp_path / "source", ["train/a.wav"], 2**17 + change)
+        return built
+
+    monkeypatch.setattr(builder, "scan", scan_then_change)
+    with pytest.raises(UserError, match=r"train/a\.wav changed during the build"):
+        build("audio_folder", tmp_path / "source", tmp_path / "data")
+    assert not list((tmp_path / "data").rglob("1.0.0"))
+
+
 def test_records_carry_their_place(tmp_path):
     write(tmp_path / "source", numbered(10), 40_000)
     built = build("youtube_mix", tmp_path / "source", tmp_path / "data")

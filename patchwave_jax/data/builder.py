@@ -99,20 +99,15 @@ class AudioBuilder(
         """The records of one split's files, numbered in order."""
         key = 0
         for recording, group in itertools.groupby(entries, lambda entry: entry.recording):
-            start, files, pending = 0, list(group), np.zeros(0, np.int16)
+            start, files = 0, list(group)
             ends = np.cumsum([entry.num_samples for entry in files])
-            for entry in (*files, None):
-                pieces = [np.zeros(0, np.int16)] if entry is None else _checked(entry, paths)
-                for piece in pieces:
-                    pending = np.concatenate([pending, piece])
-                    while pending.size >= (1 if entry is None else RECORD_SAMPLES):
-                        pcm, pending = pending[:RECORD_SAMPLES], pending[RECORD_SAMPLES:]
-                        file = files[int(np.searchsorted(ends, start, side="right"))].name
-                        example = {"recording": recording, "file": file, "start": start}
-                        yield key, {"audio": pcm, **example}
-                        key, start = key + 1, start + pcm.size
-                if entry is not None:
-                    progress.update()
+            pieces = itertools.chain.from_iterable(
+                _pieces(entry, paths[entry.name], progress) for entry in files
+            )
+            for pcm in _regrouped(pieces, RECORD_SAMPLES):
+                file = files[int(np.searchsorted(ends, start, side="right"))].name
+                yield key, {"audio": pcm, "recording": recording, "file": file, "start": start}
+                key, start = key + 1, start + pcm.size
         if progress.n == progress.total:
             progress.close()
 
@@ -125,17 +120,32 @@ class AudioBuilder(
             num_records = sum(r.num_records for r in recordings)
             # TFDS runs these one after the other, so each takes the stream up where it was left.
             take = functools.partial(itertools.islice, examples, SHARD_RECORDS)
-            shards[split] = [take] * -(-num_records // SHARD_RECORDS)
+            num_shards = -(-num_records // SHARD_RECORDS)
+            shards[split] = [take] * (num_shards - 1) + [functools.partial(iter, examples)]
         return shards
 
 
-def _checked(entry: FileEntry, paths: Mapping[str, Path]) -> Iterator[np.ndarray]:
-    path, num_samples = paths[entry.name], 0
+def _pieces(entry: FileEntry, path: Path, progress: tqdm.tqdm) -> Iterator[np.ndarray]:
+    """A file's PCM, which must be as long as it was when it was scanned."""
+    num_samples = 0
     for block in audio.blocks(path):
         num_samples += block.size
         yield block
     if num_samples != entry.num_samples:
         raise UserError(f"{path} changed during the build; run it again when nothing writes there")
+    progress.update()
+
+
+def _regrouped(pieces: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The samples of `pieces` in arrays of `size`; the last one may be shorter."""
+    pending = np.zeros(0, np.int16)
+    for piece in pieces:
+        pending = np.concatenate([pending, piece])
+        while pending.size >= size:
+            yield pending[:size]
+            pending = pending[size:]
+    if pending.size:
+        yield pending
 
 
 def scan(dataset: str, planned: Sequence[Planned], skip_bad: bool) -> Manifest:
