@@ -153,14 +153,24 @@ class Attention(nnx.Module):
         self, x: Float[Array, "M N D"], mask: np.ndarray | Array | None
     ) -> Float[Array, "M N D"]:
         """Attends within each sequence; `mask` [N, N] is true where a query may look."""
-        score, score_bias, mix, bias = self.folded()
-        queries = jnp.einsum("mnd,dhe->mnhe", x, score) + score_bias
-        scores = jnp.einsum("mnhe,mke->mnhk", queries, x).astype(jnp.float32)
-        if mask is not None:
-            scores = jnp.where(mask[:, None, :], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores).astype(x.dtype)
-        mixed = jnp.einsum("mnhk,mkd->mnhd", weights, x)
-        return jnp.einsum("mnhd,hde->mne", mixed, mix) + bias
+        return attend(self.folded(), x, x, mask)
+
+
+def attend(
+    folded: tuple[Array, Array, Array, Array],
+    x: Float[Array, "M n D"],
+    keys: Float[Array, "M N D"],
+    mask: np.ndarray | Array | None,
+) -> Float[Array, "M n D"]:
+    """Folded attention of `x` to `keys`; `mask` [n, N] is true where a query may look."""
+    score, score_bias, mix, bias = folded
+    queries = jnp.einsum("mnd,dhe->mnhe", x, score) + score_bias
+    scores = jnp.einsum("mnhe,mke->mnhk", queries, keys).astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, :], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores).astype(x.dtype)
+    mixed = jnp.einsum("mnhk,mkd->mnhd", weights, keys)
+    return jnp.einsum("mnhd,hde->mne", mixed, mix) + bias
 
 
 class Block(nnx.Module):
@@ -179,13 +189,19 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "M N D"], mask: np.ndarray | Array | None, key: Key = None
     ) -> Float[Array, "M N D"]:
-        plain = key is None
         hidden_key, out_key, token_key = _split(key, 3)
         x = x + self.attention(self.attention_norm(x).astype(x.dtype), mask)
+        x = self.feed_forward(x, hidden_key, out_key)
+        return self.token_dropout(x, deterministic=key is None, rngs=token_key)
+
+    def feed_forward(
+        self, x: Float[Array, "M N D"], hidden_key: Key = None, out_key: Key = None
+    ) -> Float[Array, "M N D"]:
+        """The second half of the block, of each token by itself."""
+        plain = hidden_key is None
         hidden = jax.nn.relu(self.up(self.mlp_norm(x).astype(x.dtype)))
         hidden = self.mlp_dropout(hidden, deterministic=plain, rngs=hidden_key)
-        x = x + self.mlp_dropout(self.down(hidden), deterministic=plain, rngs=out_key)
-        return self.token_dropout(x, deterministic=plain, rngs=token_key)
+        return x + self.mlp_dropout(self.down(hidden), deterministic=plain, rngs=out_key)
 
 
 class PatchWave(nnx.Module):
