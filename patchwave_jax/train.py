@@ -236,8 +236,7 @@ def closing_words(
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unknown argument {argv[1]!r}")
-    if flags.FLAGS["verbosity"].using_default_value:
-        logging.set_verbosity(logging.WARNING)  # orbax tells a lot
+    logging.set_verbosity(logging.WARNING)  # orbax tells a lot
     config = from_config_dict(_CONFIG.value)
     name = Path(flags.FLAGS["config"].config_filename).stem  # pyright: ignore
     train(config, _WORKDIR.value or f"runs/{name}")

@@ -1,0 +1,46 @@
+"""What all tests share: eight simulated devices, and small models with random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from patchwave_jax.config import ModelConfig
+from patchwave_jax.model import PatchWave
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+SMALL = ModelConfig(
+    patch_samples=60,
+    kernel_size=5,
+    filters=(8, 8),
+    strides=(2, 3),
+    width=16,
+    num_layers=2,
+    num_heads=2,
+    head_size=16,
+    mlp_width=32,
+    readout_width=32,
+    embedding_width=8,
+    mixture_components=3,
+    predictor_taps=16,
+)
+
+
+def random_model(config: ModelConfig, *, causal: bool, quantiser="mulaw", seed=0) -> PatchWave:
+    """A model whose parameters, biases and norms included, are all away from their start."""
+    model = PatchWave(config, causal=causal, quantiser=quantiser, rngs=nnx.Rngs(seed))
+    graphdef, params = nnx.split(model)
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), params)
+    return nnx.merge(graphdef, params)
+
+
+def random_codes(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
