@@ -95,7 +95,7 @@ class Encoder(nnx.Module):
                 grid = finer
             else:
                 stride, dilation = config.strides[i], 1
-            x = jax.nn.relu(_convolve(x, conv.kernel[...], stride, dilation) + conv.bias[...])
+            x = jax.nn.relu(convolve(x, conv.kernel[...], stride, dilation) + conv.bias[...])
             x = self.dropout(x, deterministic=key is None, rngs=keys[i])
             if config.skip_connections:
                 step = hop // grid if hop else 1
@@ -103,11 +103,11 @@ class Encoder(nnx.Module):
                 skip = self.skips[i](newest) + (0 if skip is None else skip)
         kernel = self.linear.kernel[...].reshape(config.final_frames, -1, config.width)
         dilation = math.prod(config.strides) // grid if hop else 1
-        tokens = _convolve(x, kernel, max(hop // grid, 1), dilation) + self.linear.bias[...]
+        tokens = convolve(x, kernel, max(hop // grid, 1), dilation) + self.linear.bias[...]
         return tokens.astype(x.dtype), skip
 
 
-def _convolve(x, kernel, stride: int, dilation: int):
+def convolve(x, kernel, stride: int, dilation: int):
     return lax.conv_general_dilated(
         x,
         kernel.astype(x.dtype),
