@@ -1,0 +1,256 @@
+"""The model one sample at a time: what is remembered of a stream, and the step from it.
+
+This is the dense form once more, with nothing computed twice. Per sample and stream:
+
+- the encoder computes one output per layer, from the inputs of each layer that are remembered;
+- a causal Transformer computes one token, which attends to the normed inputs of each block,
+  cached for all earlier tokens of its phase (attention is folded: they are keys and values);
+- a bidirectional one computes the tokens of one phase anew, from their cached encodings.
+
+Where a sample is counted by `past`, it is the number of samples of the window before it: target
+`past` is of phase `past % P`, and the token before it is number `past // P` of that phase.
+
+Dimensions as in `patchwave_jax.model`; `R` samples that a layer remembers, `C` samples a chunk.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, UInt8
+
+from patchwave_jax import quantisers
+from patchwave_jax.config import Config
+from patchwave_jax.model import PatchWave, attend, convolve, positions
+from patchwave_jax.step import graphdef_and_params
+
+PRIME_BYTES = 2.5e8  # about what priming holds at once, besides the state
+
+Folded = list[tuple[Array, Array, Array, Array]]  # the attention of each block
+
+
+class State(NamedTuple):
+    """What is remembered of `B` streams before their next sample."""
+
+    codes: UInt8[Array, "B R"]  # the newest samples
+    layers: list[Float[Array, "B R F"]]  # inputs of the encoder's layers after the first
+    caches: list[Float[Array, "B P N D"]]  # of each block; bidirectional: one, of the encodings
+
+
+class Incremental:
+    """The step of one configuration's model, and what prepares it."""
+
+    def __init__(self, config: Config):
+        self.causal, self.patches, self.config = (
+            config.objective == "dense",
+            config.patches,
+            config.model,
+        )
+        self._graphdef, self.abstract_params = graphdef_and_params(config)
+        strides, filters = self.config.strides, self.config.filters
+        # Of the convolutions and, last, of the linear layer.
+        kernels = [self.config.kernel_size] * len(filters) + [self.config.final_frames]
+        self._dilations = [math.prod(strides[:i]) for i in range(len(strides) + 1)]
+        self._reaches = [(k - 1) * d for k, d in zip(kernels, self._dilations, strict=True)]
+
+    def merge(self, params: Any) -> PatchWave:
+        return nnx.merge(self._graphdef, params)
+
+    def fold(self, params: Any) -> Folded:
+        """The attention's folded weights, so that they are computed once."""
+        return [block.attention.folded() for block in self.merge(params).blocks]
+
+    def empty(self, rows: int) -> State:
+        """A state of `rows` streams to be primed."""
+        config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
+        newest = max(config.kernel_size, config.predictor_taps)
+        cache = (rows, config.patch_samples, self.patches, config.width)
+        return State(
+            jnp.full((rows, newest), quantisers.SILENCE, jnp.uint8),
+            [
+                jnp.zeros((rows, reach, filters), dtype)
+                for reach, filters in zip(self._reaches[1:], config.filters, strict=True)
+            ],
+            [jnp.zeros(cache, dtype) for _ in range(config.num_layers if self.causal else 1)],
+        )
+
+    # Priming: the state from codes, with the dense form.
+
+    def prime(
+        self, params: Any, folded: Folded, state: State, segment: UInt8[Array, "B T"], past: Array
+    ) -> State:
+        """The state before target `past` of a window.
+
+        `segment` is the patch before the window and as many of its patches as `past` samples
+        touch; what lies behind them is not looked at. `state` is overwritten.
+        """
+        model, config = self.merge(params), self.config
+        size, newest = config.patch_samples, state.codes.shape[1]
+        patches = segment.shape[1] // size - 1
+        codes = lax.dynamic_slice_in_dim(segment, past + size - newest, newest, 1)
+        # The newest sample is the next step's to encode.
+        field = config.receptive_field
+        before = lax.dynamic_slice_in_dim(segment, past + size - field, field - 1, 1)
+        x, layers = model.encoder.inputs(before), []
+        for conv, dilation, reach in zip(
+            model.encoder.convs, self._dilations, self._reaches[1:], strict=False
+        ):
+            x = jax.nn.relu(convolve(x, conv.kernel[...], 1, dilation) + conv.bias[...])
+            layers.append(x[:, x.shape[1] - reach :])
+        caches = state.caches
+        if caches and patches:
+            caches = [self._prime_encodings(model, caches[0], segment), *caches[1:]]
+        if caches and patches and self.causal:
+            caches = self._prime_blocks(model, folded, caches, patches)
+        return State(codes, layers, caches)
+
+    def _prime_encodings(self, model: PatchWave, cache: Array, segment: Array) -> Array:
+        size, (rows, samples) = self.config.patch_samples, segment.shape
+        patches = samples // size - 1
+        patch_bytes = rows * size * 3 * sum(self.config.filters) * cache.dtype.itemsize
+        chunk = max(1, min(patches, int(PRIME_BYTES / patch_bytes)))
+
+        def encode(i, cache):
+            first = jnp.minimum(i * chunk, patches - chunk)
+            piece = lax.dynamic_slice_in_dim(segment, first * size, (chunk + 1) * size, 1)
+            tokens = jnp.swapaxes(model.encode_segment(piece).tokens, 1, 2)
+            return lax.dynamic_update_slice_in_dim(cache, tokens, first, 2)
+
+        return lax.fori_loop(0, -(-patches // chunk), encode, cache)
+
+    def _prime_blocks(
+        self, model: PatchWave, folded: Folded, caches: list[Array], patches: int
+    ) -> list[Array]:
+        """The caches of all blocks from the encodings, which are in the first."""
+        config, (rows, size, _, width) = self.config, caches[0].shape
+        each = config.num_heads * 2 * (width + patches) + 8 * width + config.mlp_width
+        most = PRIME_BYTES / (rows * patches * each * caches[0].dtype.itemsize)
+        chunk = max(d for d in range(1, size + 1) if size % d == 0 and d <= max(1, most))
+        mask = np.tril(np.ones((patches, patches), bool))
+        shape = (rows, chunk, patches, width)
+
+        def fill(i, caches):
+            at = (0, i * chunk, 0, 0)
+            x = lax.dynamic_slice(caches[0], at, shape).reshape(-1, patches, width)
+            x = x + jnp.asarray(positions(patches, width), x.dtype)
+            filled = []
+            for block, weights, cache in zip(model.blocks, folded, caches, strict=True):
+                keys = block.attention_norm(x).astype(x.dtype)
+                filled.append(lax.dynamic_update_slice(cache, keys.reshape(shape), at))
+                x = block.feed_forward(x + attend(weights, keys, keys, mask))
+            return filled
+
+        return lax.fori_loop(0, size // chunk, fill, caches)
+
+    def slide(self, state: State, patches: int) -> State:
+        """A bidirectional model's state when its window begins `patches` patches later."""
+        return state._replace(caches=[jnp.roll(x, -patches, 2) for x in state.caches])
+
+    # One step.
+
+    def step(
+        self, model: PatchWave, folded: Folded, state: State, i: Array, past: Array
+    ) -> tuple[State, Callable[[], tuple[Array, Array | None]]]:
+        """Takes in the newest sample, `past - 1` of the window.
+
+        `state.codes` and `state.layers` have room for `C` more samples, `i` of which are there.
+
+        Returns:
+          The state, and a function that gives the readout's hidden vector of target `past` and
+          its linear prediction.
+        """
+        size, newest = (
+            self.config.patch_samples,
+            max(self.config.kernel_size, self.config.predictor_taps),
+        )
+        recent = lax.dynamic_slice_in_dim(state.codes, i, newest, 1)
+        token, skip, layers = self._encode(model, recent, state.layers, i)
+        number, phase = past // size, past % size
+        if self.causal:
+            newest_state, caches = self._causal(model, folded, token, state.caches, number, phase)
+        else:
+            cache = _put_token(state.caches[0], token, number, phase)
+            tokens, caches = lax.dynamic_index_in_dim(cache, phase, 1, False), [cache]
+
+        def read() -> tuple[Array, Array | None]:
+            states = (
+                newest_state if self.causal else self._bidirectional(model, folded, tokens, number)
+            )
+            prediction = None
+            if model.head.taps:
+                prediction = model.head.predict(recent[:, newest - model.head.taps :])[:, 0]
+            return model.hidden(states, skip), prediction
+
+        return State(state.codes, layers, caches), read
+
+    def _encode(
+        self, model: PatchWave, recent: Array, layers: list[Array], i: Array
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B D"] | None, list[Array]]:
+        """The encoding of the patch that ends with the newest sample, and its skips."""
+        encoder, kept = model.encoder, []
+        taps = encoder.inputs(recent[:, recent.shape[1] - self.config.kernel_size :])
+        skip = None
+        for number, conv in enumerate(encoder.convs):
+            x = jax.nn.relu(_product(taps, conv.kernel[...]) + conv.bias[...])
+            if self.config.skip_connections:
+                skip = encoder.skips[number](x) + (0 if skip is None else skip)
+            reach, dilation = self._reaches[number + 1], self._dilations[number + 1]
+            inputs = lax.dynamic_update_slice(layers[number], x[:, None], (0, reach + i, 0))
+            taps = lax.dynamic_slice_in_dim(inputs, i, reach + 1, 1)[:, ::dilation]
+            kept.append(inputs)
+        token = _product(taps, encoder.linear.kernel[...]) + encoder.linear.bias[...]
+        return token.astype(taps.dtype), skip, kept
+
+    def _causal(
+        self,
+        model: PatchWave,
+        folded: Folded,
+        token: Float[Array, "B D"],
+        caches: list[Array],
+        number: Array,
+        phase: Array,
+    ) -> tuple[Float[Array, "B D"], list[Array]]:
+        table = jnp.asarray(positions(self.patches, self.config.width), token.dtype)
+        x, kept = (token + table[number])[:, None], []
+        seen = (jnp.arange(self.patches) <= number)[None]
+        for block, weights, cache in zip(model.blocks, folded, caches, strict=True):
+            query = block.attention_norm(x).astype(x.dtype)
+            cache = _put_token(cache, query[:, 0], number, phase)
+            keys = lax.dynamic_index_in_dim(cache, phase, 1, False)
+            x = block.feed_forward(x + attend(weights, query, keys, seen))
+            kept.append(cache)
+        return x[:, 0], kept
+
+    def _bidirectional(
+        self, model: PatchWave, folded: Folded, tokens: Float[Array, "B N D"], number: Array
+    ) -> Float[Array, "B D"]:
+        """The newest token's state, from the window of `N` tokens that ends with it.
+
+        As in `PatchWave.newest_states`, what is missing in front are tokens of silence.
+        """
+        rows, count, width = tokens.shape
+        silence = jnp.full((1, self.config.patch_samples), quantisers.SILENCE, jnp.uint8)
+        silent = jnp.broadcast_to(model.encoder(silence, 0, 1)[0], (rows, count - 1, width))
+        window = lax.dynamic_slice_in_dim(jnp.concatenate([silent, tokens], 1), number, count, 1)
+        x = window + jnp.asarray(positions(count, width), tokens.dtype)
+        for block, weights in zip(model.blocks, folded, strict=True):
+            last = block is model.blocks[-1]
+            keys = block.attention_norm(x).astype(x.dtype)
+            x, queries = (x[:, -1:], keys[:, -1:]) if last else (x, keys)
+            x = block.feed_forward(x + attend(weights, queries, keys, None))
+        return x[:, -1]
+
+
+def _put_token(cache: Array, token: Float[Array, "B D"], number: Array, phase: Array) -> Array:
+    return lax.dynamic_update_slice(cache, token[:, None, None], (0, phase, number, 0))
+
+
+def _product(taps: Float[Array, "B K F"], kernel: Array) -> Float[Array, "B D"]:
+    """The newest output of a convolution whose inputs are `taps`."""
+    flat = taps.reshape(taps.shape[0], -1)
+    return flat @ kernel.reshape(flat.shape[1], -1).astype(flat.dtype)

@@ -1,0 +1,277 @@
+"""Generation on the device: streams of samples in compiled chunks, whatever their context.
+
+The windows are those of `patchwave_jax.sliding`: the context grows to `N` patches, then slides by
+`stride_patches`, so that whatever is generated can be scored. When the window slides, positions
+change: a causal model is primed again from its codes, a bidirectional one's encodings move up.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float32, Int16, UInt8
+
+from patchwave_jax import quantisers, sliding
+from patchwave_jax.config import Config
+from patchwave_jax.data.audio import SAMPLE_RATE
+from patchwave_jax.errors import UserError
+from patchwave_jax.incremental import Folded, Incremental, State
+from patchwave_jax.step import by_rows, replicated
+
+CHUNK_SAMPLES = 800  # made by one call of the compiled loop
+MAX_SAMPLES = 2**31 - 1  # a clip's samples are counted in 32 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    """How codes are drawn. The defaults draw from the model's own distribution."""
+
+    seed: int = 0
+    temperature: float = 1.0  # 0: always the likeliest code
+    top_k: int = 0  # only the k likeliest codes; 0: all
+    top_p: float = 1.0  # only the likeliest codes that together have this probability
+
+    def check(self) -> None:
+        """Raises `UserError` for a value out of range."""
+        for name, ok, what in (
+            ("seed", 0 <= self.seed < 2**31, "from 0 to 2**31 - 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", 0 <= self.top_k <= quantisers.NUM_CODES, "from 0 (all) to 256"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+        ):
+            if not ok:
+                raise UserError(f"--{name} must be {what}, got {getattr(self, name)}")
+
+    def noise(self, streams: Array, first: Array, count: int) -> Float32[Array, "C B 256"] | None:
+        """Standard Gumbel for `count` samples from sample `first`, each with a key of its own."""
+        if self.temperature == 0:
+            return None
+
+        def of_sample(stream: Array, sample: Array) -> Array:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), stream), sample)
+            return jax.random.gumbel(key, (quantisers.NUM_CODES,), jnp.float32)
+
+        of_streams = jax.vmap(of_sample, (0, None))
+        return jax.vmap(of_streams, (None, 0))(streams, first + jnp.arange(count))
+
+    def draw(
+        self, logits: Float32[Array, "B 256"], noise: Float32[Array, "B 256"] | None
+    ) -> UInt8[Array, " B"]:
+        """A code of each row.
+
+        Temperature comes first, then top-k, then top-p of what that leaves. Codes just as likely
+        as the last one kept are kept too.
+        """
+        if noise is None:
+            return jnp.argmax(logits, -1).astype(jnp.uint8)
+        logits = logits / self.temperature
+        if self.top_k:
+            rank = (logits[:, None, :] > logits[:, :, None]).sum(-1)
+            logits = jnp.where(rank < self.top_k, logits, -jnp.inf)
+        if self.top_p < 1:
+            likelier = logits[:, None, :] > logits[:, :, None]
+            mass = jnp.where(likelier, jax.nn.softmax(logits)[:, None, :], 0).sum(-1)
+            logits = jnp.where(mass < self.top_p, logits, -jnp.inf)
+        return jnp.argmax(logits + noise, -1).astype(jnp.uint8)
+
+
+class Sampler:
+    """Streams of samples from one model, all at the same position of their clips."""
+
+    def __init__(
+        self,
+        config: Config,
+        params: Any,
+        mesh: Mesh,
+        *,
+        num: int,
+        knobs: Knobs | None = None,
+        stride_patches: int | None = None,
+    ):
+        """`num` streams over the mesh's data axis; `prime` comes next.
+
+        Raises:
+          UserError: if a knob or the stride is out of range.
+        """
+        self.config, self.num, self.knobs = config, num, knobs or Knobs()
+        self.knobs.check()
+        stride = sliding.default_stride(config) if stride_patches is None else stride_patches
+        if not 1 <= stride <= config.patches:
+            raise UserError(
+                f"--stride_patches must be from 1 to the context's {config.patches}, got {stride}"
+            )
+        self.stride_patches, self.position = stride, 0
+        self.reach = config.context_samples + config.model.patch_samples  # what priming looks at
+        self._rows = -(-num // mesh.size) * mesh.size
+        self._streams = np.arange(self._rows, dtype=np.uint32)
+        self._pieces: list[np.ndarray] = []  # the codes before `position`
+        self._window = 0  # where the window begins that the state is laid out for
+        self._state: State | None = None
+        self._model = Incremental(config)
+        self._compile(mesh)
+        self._params = jax.device_put(params, replicated(mesh))
+        self._folded = self._fold(self._params)
+
+    def _compile(self, mesh: Mesh) -> None:
+        rows, everywhere = PartitionSpec("data"), PartitionSpec()
+
+        def sharded(function: Any, in_specs: tuple[PartitionSpec, ...], donated: int) -> Any:
+            mapped = jax.shard_map(
+                function, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False
+            )
+            return jax.jit(mapped, donate_argnums=donated)
+
+        model, common = self._model, (everywhere, everywhere, rows)
+        self._fold = jax.jit(model.fold, out_shardings=replicated(mesh))
+        self._empty = jax.jit(lambda: model.empty(self._rows), out_shardings=by_rows(mesh))
+        self._fill = sharded(model.prime, (*common, rows, everywhere), 2)
+        self._slide = sharded(lambda state: model.slide(state, self.stride_patches), (rows,), 0)
+        self._loop = sharded(self._run, (*common, rows, rows, *(everywhere,) * 4), 2)
+
+    def window_start(self, position: int) -> int:
+        """Where the window begins whose targets include the sample at `position`."""
+        step, context = self._slide_samples, self.config.context_samples
+        return 0 if position < context else (1 + (position - context) // step) * step
+
+    @property
+    def _slide_samples(self) -> int:
+        return self.stride_patches * self.config.model.patch_samples
+
+    def rewind(self, position: int, first: int) -> int:
+        """Where a run that began at `first` is to be taken up so as to be at `position` again.
+
+        Priming there with the codes before it, and running with the codes after it, repeats the
+        run's own computations from there on, so that the state is the same to the last bit.
+        """
+        start = self.window_start(position)
+        if start == 0:
+            return first
+        if self._model.causal:  # where the window slid
+            return max(first, start + self.config.context_samples - self._slide_samples)
+        # The window's encodings come again, after as many samples as the encoder remembers.
+        return max(first, start - 2 * self.config.model.patch_samples)
+
+    def prime(self, tail: UInt8[np.ndarray, "B T"], position: int) -> None:
+        """Puts the streams before their samples at `position`; `tail` are the codes before it.
+
+        The newest `reach` of them matter; what lies before sample 0 is silence.
+        """
+        if tail.shape[0] != self.num or tail.shape[1] < min(position, self.reach):
+            raise ValueError(f"codes {tail.shape} of {self.num} streams before {position}")
+        self._pieces = [np.concatenate([tail, tail[:1].repeat(self._rows - self.num, 0)])]
+        self.position = position
+        self._prime()
+
+    def _prime(self) -> None:
+        self._window, size = self.window_start(self.position), self.config.model.patch_samples
+        past = self.position - self._window
+        known = min(past + size, self.position)
+        segment = np.full((self._rows, (-(-past // size) + 1) * size), quantisers.SILENCE, np.uint8)
+        history = np.concatenate(self._pieces, 1)
+        history = history[:, history.shape[1] - known :]
+        segment[:, past + size - known : past + size] = history
+        self._pieces = [history]
+        state = self._empty() if self._state is None else self._state
+        self._state = self._fill(self._params, self._folded, state, segment, np.int32(past))
+
+    def run(
+        self, count: int = CHUNK_SAMPLES, given: UInt8[np.ndarray, "B C"] | None = None
+    ) -> tuple[UInt8[np.ndarray, "B C"], Float32[np.ndarray, "B C"]]:
+        """The next samples: `count`, or fewer at the end of a chunk or of the window's stride.
+
+        With `given` these are the next samples: nothing is drawn, all log-probabilities are 0.
+
+        Returns:
+          Codes, and their log-probabilities in nats under the model itself (temperature 1).
+
+        Raises:
+          UserError: if the model gives something that is no probability.
+        """
+        if self._state is None:
+            raise ValueError("prime comes first")
+        start = self.window_start(self.position)
+        if start != self._window and self._model.causal:
+            self._prime()
+        elif start != self._window:
+            self._window, self._state = start, self._slide(self._state)
+        past = self.position - start
+        count = min(count, CHUNK_SAMPLES, self.config.context_samples - past)
+        forced = np.zeros((self._rows, CHUNK_SAMPLES), np.uint8)
+        if given is not None:
+            count = min(count, given.shape[1])
+            forced[: self.num, :count] = given[:, :count]
+        numbers = (0 if given is None else count, count, past, self.position)
+        self._state, codes, log_probs = self._loop(
+            self._params, self._folded, self._state, self._streams, forced, *map(np.int32, numbers)
+        )
+        codes, log_probs = np.asarray(codes)[:, :count], np.asarray(log_probs)[:, :count]
+        if not np.isfinite(log_probs).all():
+            raise UserError(
+                f"the model's log-probabilities are not numbers from sample {self.position} on: "
+                "its parameters are damaged; use another --step"
+            )
+        if self._model.causal:  # for the next slide
+            self._pieces.append(codes)
+        self.position += count
+        return codes[: self.num], log_probs[: self.num]
+
+    def _run(
+        self,
+        params: Any,
+        folded: Folded,
+        state: State,
+        streams: Array,
+        given: UInt8[Array, "B C"],
+        known: Array,
+        count: Array,
+        past: Array,
+        position: Array,
+    ) -> tuple[State, UInt8[Array, "B C"], Float32[Array, "B C"]]:
+        """`count` samples, the first `known` of them given, from target `past` of the window."""
+        model = self._model.merge(params)
+        rows, chunk = given.shape
+        newest = state.codes.shape[1]
+        noise = self.knobs.noise(streams, position, chunk)
+
+        def sample(i, carry):
+            state, read = self._model.step(model, folded, carry[0], i, past + i)
+
+            def predict():
+                hidden, prediction = read()
+                logits = model.head.logits(hidden, prediction)
+                code = self.knobs.draw(logits, None if noise is None else noise[i])
+                return code, model.head.log_prob(hidden, prediction, code)
+
+            code, log_prob = lax.cond(i < known, lambda: (given[:, i], jnp.zeros(rows)), predict)
+            codes = lax.dynamic_update_slice(state.codes, code[:, None], (0, newest + i))
+            log_probs = lax.dynamic_update_slice(carry[1], log_prob[:, None], (0, i))
+            return state._replace(codes=codes), log_probs
+
+        def extend(x: Array) -> Array:
+            return jnp.pad(x, ((0, 0), (0, chunk)) + ((0, 0),) * (x.ndim - 2))
+
+        def keep(x: Array, old: Array) -> Array:
+            return lax.dynamic_slice_in_dim(x, count, old.shape[1], 1)
+
+        longer = State(extend(state.codes), [extend(x) for x in state.layers], state.caches)
+        end, log_probs = lax.fori_loop(0, count, sample, (longer, jnp.zeros((rows, chunk))))
+        layers = [keep(x, old) for x, old in zip(end.layers, state.layers, strict=True)]
+        kept = State(keep(end.codes, state.codes), layers, end.caches)
+        return kept, end.codes[:, newest:], log_probs
+
+
+def sample_clips(
+    config: Config, params: Any, mesh: Mesh, *, seconds: float, num: int, seed: int
+) -> Int16[np.ndarray, "B T"]:
+    """`num` short clips from nothing, as PCM: for a look at a model in training."""
+    sampler = Sampler(config, params, mesh, num=num, knobs=Knobs(seed=seed))
+    sampler.prime(np.zeros((num, 0), np.uint8), 0)
+    total, pieces = max(1, round(seconds * SAMPLE_RATE)), []
+    while sampler.position < total:
+        pieces.append(sampler.run(total - sampler.position)[0])
+    return quantisers.get(config.data.quantiser).decode(np.concatenate(pieces, 1))
