@@ -17,16 +17,13 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int64, UInt8
 
 from patchwave_jax import quantisers
 from patchwave_jax.checkpoint import Checkpoints, abstract
 from patchwave_jax.config import Config
-from patchwave_jax.data.index import Split
-from patchwave_jax.data.windows import Clip, clips
 from patchwave_jax.errors import UserError
 from patchwave_jax.step import (
-    LN2,
     by_rows,
     choose_chunks,
     graphdef_and_params,
@@ -50,29 +47,7 @@ class Scored(NamedTuple):
 
     window: Window
     log_probs: Float32[np.ndarray, " targets"]  # nats
-    contexts: np.ndarray  # samples of the clip that each target's prediction saw
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """An NLL with everything it depends on."""
-
-    nll_nats: float
-    nll_bits: float
-    quantiser: str
-    targets: int
-    context_min: int
-    context_mean: float
-    context_max: int
-    stride_patches: int
-    clip_samples: int | None
-
-    def __str__(self) -> str:
-        return (
-            f"{self.nll_bits:.4f} bits ({self.nll_nats:.4f} nats) per sample, quantiser "
-            f"{self.quantiser}, {self.targets:,} targets, context {self.context_min:,} to "
-            f"{self.context_max:,} samples (mean {self.context_mean:,.0f})"
-        )
+    contexts: Int64[np.ndarray, " targets"]  # samples of the clip that each prediction saw
 
 
 def default_stride(config: Config) -> int:
@@ -139,18 +114,30 @@ class Evaluator:
             out_shardings=replicated(mesh),
         )
 
-    def score(
-        self, params: Any, codes_of_clip: Any, windows: Iterable[Window]
+    def score(self, params: Any, codes_of_clip: Any, windows: Iterable[Window]) -> Iterator[Scored]:
+        """Log-probabilities of each window; `codes_of_clip(i)` gives the codes of clip i.
+
+        Windows of one shape come back in their order, those of different shapes interleaved.
+        """
+
+        def segments() -> Iterator[tuple[Window, UInt8[np.ndarray, " T"]]]:
+            clip, codes = -1, np.empty(0, np.uint8)
+            for window in windows:
+                if window.clip != clip:
+                    clip, codes = window.clip, codes_of_clip(window.clip)
+                yield window, segment(window, codes, self.config.model.patch_samples)
+
+        return self.score_segments(params, segments())
+
+    def score_segments(
+        self, params: Any, segments: Iterable[tuple[Window, UInt8[np.ndarray, " T"]]]
     ) -> Iterator[Scored]:
-        """Log-probabilities of each window; `codes_of_clip(i)` gives the codes of clip i."""
+        """As `score`, of windows that come with their codes."""
         waiting: dict[tuple[int, int], list[tuple[Window, UInt8[np.ndarray, " T"]]]]
         waiting = collections.defaultdict(list)
-        clip, codes = -1, np.empty(0, np.uint8)
-        for window in windows:
-            if window.clip != clip:
-                clip, codes = window.clip, codes_of_clip(window.clip)
+        for window, codes in segments:
             group = waiting[window.patches, window.newest]
-            group.append((window, self._segment(codes, window)))
+            group.append((window, codes))
             if len(group) == self.rows:
                 yield from self._run(params, group)
                 group.clear()
@@ -158,78 +145,46 @@ class Evaluator:
             if group:
                 yield from self._run(params, group)
 
-    def _segment(self, codes: UInt8[np.ndarray, " T"], window: Window) -> UInt8[np.ndarray, " T"]:
-        size = self.config.model.patch_samples
-        end = window.first + window.newest * size
-        start = end - (window.patches + 1) * size
-        segment = np.full(end - start, quantisers.SILENCE, np.uint8)
-        low, high = max(start, 0), min(end, codes.size)
-        segment[low - start : high - start] = codes[low:high]
-        return segment
-
     def _run(self, params: Any, group: list[tuple[Window, np.ndarray]]) -> Iterator[Scored]:
-        segments = np.stack([segment for _, segment in group])
-        padding = np.repeat(segments[:1], self.rows - len(group), 0)
-        newest = group[0][0].newest
-        batch = np.concatenate([segments, padding])
-        log_probs = np.asarray(self._log_probs(params, batch, newest))
+        codes = np.stack([codes for _, codes in group])
+        padding = np.repeat(codes[:1], self.rows - len(group), 0)
+        batch = np.concatenate([codes, padding])
+        log_probs = np.asarray(self._log_probs(params, batch, group[0][0].newest))
         size = self.config.model.patch_samples
         for (window, _), row in zip(group, log_probs, strict=False):
-            index = np.arange(window.end - window.first)
-            reach = (window.patches - window.newest + index // size + 1) * size
-            contexts = np.minimum(window.first + index, reach)
-            yield Scored(window, row[: index.size], contexts)
+            yield Scored(window, row[: window.end - window.first], contexts(window, size))
 
 
-def codes_reader(split: Split, chosen: list[Clip], quantiser: str):
-    """A function from a clip's index to its codes."""
+def segment(
+    window: Window, codes: UInt8[np.ndarray, " T"], size: int, begin: int = 0
+) -> UInt8[np.ndarray, " S"]:
+    """What the model reads for a window, silence where the clip has nothing.
 
-    def read(index: int) -> UInt8[np.ndarray, " T"]:
-        clip = chosen[index]
-        return quantisers.get(quantiser).encode(split.read(clip.recording, clip.start, clip.length))
-
+    `codes` are those of the clip from its sample `begin` on, `size` is a patch.
+    """
+    end = window.first + window.newest * size
+    start = end - (window.patches + 1) * size
+    read = np.full(end - start, quantisers.SILENCE, np.uint8)
+    low, high = max(start, begin), min(end, begin + codes.size)
+    read[low - start : high - start] = codes[low - begin : high - begin]
     return read
 
 
-def evaluate_split(
-    evaluator: Evaluator,
-    params: Any,
-    split: Split,
-    *,
-    stride_patches: int | None = None,
-    clip_samples: int | None = None,
-    max_targets: int = 0,
-) -> Result:
-    """The NLL of a split; see this module's docstring for the protocol."""
-    config = evaluator.config
-    stride = default_stride(config) if stride_patches is None else stride_patches
-    chosen = list(clips(split, clip_samples, drop_last=False))
-    windows = plan([clip.length for clip in chosen], config, stride, max_targets)
-    reader = codes_reader(split, chosen, config.data.quantiser)
-    total, targets, context_sum, shortest, longest = 0.0, 0, 0.0, 2**62, 0
-    for scored in evaluator.score(params, reader, windows):
-        total -= float(scored.log_probs.sum(dtype=np.float64))
-        targets += scored.log_probs.size
-        context_sum += float(scored.contexts.sum(dtype=np.float64))
-        shortest = min(shortest, int(scored.contexts.min()))
-        longest = max(longest, int(scored.contexts.max()))
-    nats = total / targets
-    return Result(
-        nll_nats=nats,
-        nll_bits=nats / LN2,
-        quantiser=config.data.quantiser,
-        targets=targets,
-        context_min=shortest,
-        context_mean=context_sum / targets,
-        context_max=longest,
-        stride_patches=stride,
-        clip_samples=clip_samples,
-    )
+def contexts(window: Window, size: int) -> Int64[np.ndarray, " targets"]:
+    """Samples of the clip that each target's prediction sees, for patches of `size`."""
+    index = np.arange(window.end - window.first)
+    reach = (window.patches - window.newest + index // size + 1) * size
+    return np.minimum(window.first + index, reach)
 
 
-def load(workdir: str | os.PathLike[str], step: int | None = None) -> tuple[Evaluator, Any, int]:
-    """The evaluator and parameters of a run's best (or given) checkpoint, and its step."""
-    mesh = make_mesh()
+def load(
+    workdir: str | os.PathLike[str], step: int | None = None, mesh: Mesh | None = None
+) -> tuple[Evaluator, Any, int]:
+    """The evaluator and parameters of a run's best (or given) checkpoint, and its step.
+
+    `mesh` is all devices unless given.
+    """
+    mesh = mesh or make_mesh()
     with Checkpoints(workdir) as checkpoints:
         step = checkpoints.choose(step)
         evaluator = Evaluator(checkpoints.record(step).config, mesh)

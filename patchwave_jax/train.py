@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
-from patchwave_jax import checkpoint, quantisers, sliding, yardsticks
+from patchwave_jax import checkpoint, measure, quantisers, sliding, yardsticks
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config, from_config_dict
 from patchwave_jax.data.build import ensure_built
@@ -98,7 +98,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
                     log.write(done, "train", values)
                 validation = None
                 if evaluating and not stop:
-                    result = sliding.evaluate_split(
+                    result = measure.evaluate_split(
                         evaluator, state["params"], validation_split, max_targets=run.eval_targets
                     )
                     log.write(done, "validation", dataclasses.asdict(result))
