@@ -1,0 +1,150 @@
+"""Sliding windows against a brute-force loop in the patch form, and what they count."""
+
+import collections
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import SMALL, random_codes, random_model
+from flax import nnx
+from jax.sharding import AxisType
+
+from patchwave_jax.config import Config, DataConfig
+from patchwave_jax.errors import UserError
+from patchwave_jax.quantisers import SILENCE
+from patchwave_jax.sliding import Evaluator, contexts, default_stride, plan
+
+SIZE, PATCHES = SMALL.patch_samples, 4
+OURS = dataclasses.replace(SMALL, input="embedding", skip_connections=True, head="logistic_mixture")
+LENGTHS = (SIZE * 9 + 17, SIZE - 1, SIZE * PATCHES + 1, 1)
+
+
+def make_config(objective: str, model=SMALL, quantiser="mulaw") -> Config:
+    return Config(
+        objective=objective,
+        context_samples=PATCHES * SIZE,
+        model=model,
+        data=DataConfig(quantiser=quantiser),
+    )
+
+
+def some_devices(count: int):
+    return jax.make_mesh(
+        (count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
+    )
+
+
+def score(config: Config, model, clips, stride: int, devices: int = 1, **kwargs):
+    """Log-probabilities and contexts of every sample of every clip; each must come just once."""
+    windows = plan([clip.size for clip in clips], config, stride, **kwargs)
+    log_probs = [np.full(clip.size, np.nan) for clip in clips]
+    reach = [np.full(clip.size, -1) for clip in clips]
+    evaluator = Evaluator(config, some_devices(devices))
+    evaluator.rows = 8  # of a batch; otherwise most of it were padding here
+    for scored in evaluator.score(nnx.state(model), lambda i: clips[i], windows):
+        window = scored.window
+        target = slice(window.first, window.end)
+        assert np.isnan(log_probs[window.clip][target]).all()
+        log_probs[window.clip][target] = scored.log_probs
+        reach[window.clip][target] = scored.contexts
+    return log_probs, reach
+
+
+def brute_force(model, clips, stride: int):
+    """The protocol as one would explain it: for each target, its window's history in whole patches.
+
+    Targets of the first window: all it has. Then `stride` patches at a time, the oldest of which
+    has `N - stride + 1` patches. A bidirectional model is shown silence for what is missing.
+    """
+    histories, targets, reach = collections.defaultdict(list), collections.defaultdict(list), []
+    for i, codes in enumerate(clips):
+        padded = np.concatenate([np.full(PATCHES * SIZE, SILENCE, np.uint8), codes])
+        for t in range(codes.size):
+            patches = t // SIZE + 1
+            if t >= PATCHES * SIZE:
+                oldest = PATCHES - stride + 1
+                patches = oldest + (t - PATCHES * SIZE) % (stride * SIZE) // SIZE
+            history = padded[t + (PATCHES - patches) * SIZE : t + PATCHES * SIZE]
+            if not model.causal:
+                fill = np.full((PATCHES - patches) * SIZE, SILENCE, np.uint8)
+                history = np.concatenate([fill, history])
+            histories[history.size].append(history)
+            targets[history.size].append((i, t))
+            reach.append(min(patches * SIZE, t))
+    log_probs = [np.empty(codes.size) for codes in clips]
+    for size, windows in histories.items():
+        table = jax.jit(lambda x: jax.nn.log_softmax(model.next_sample_logits(x)))(
+            np.stack(windows)
+        )
+        for row, (i, t) in zip(np.asarray(table), targets[size], strict=True):
+            log_probs[i][t] = row[clips[i][t]]
+    return np.concatenate(log_probs), np.array(reach)
+
+
+@pytest.mark.parametrize(
+    ("objective", "config", "quantiser", "stride"),
+    [
+        ("dense", OURS, "mulaw", 1),
+        ("dense", OURS, "sashimi", 3),
+        ("dense", SMALL, "mulaw", PATCHES),
+        ("last", OURS, "sashimi", 1),
+        ("last", SMALL, "mulaw", 3),
+        ("last", OURS, "mulaw", PATCHES),
+    ],
+)
+def test_equals_brute_force_in_the_patch_form(objective, config, quantiser, stride):
+    model = random_model(config, causal=objective == "dense", quantiser=quantiser)
+    clips = [random_codes(length, seed=i) for i, length in enumerate(LENGTHS)]
+    log_probs, reach = score(make_config(objective, config, quantiser), model, clips, stride)
+    expected, expected_reach = brute_force(model, clips, stride)
+    np.testing.assert_allclose(np.concatenate(log_probs), expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(np.concatenate(reach), expected_reach)
+
+
+@pytest.mark.parametrize("objective", ["dense", "last"])
+def test_the_number_of_devices_does_not_matter(objective):
+    model = random_model(SMALL, causal=objective == "dense")
+    clips = [random_codes(length, seed=i) for i, length in enumerate(LENGTHS)]
+    one, eight = (score(make_config(objective), model, clips, 2, devices)[0] for devices in (1, 8))
+    np.testing.assert_allclose(np.concatenate(one), np.concatenate(eight), rtol=1e-5, atol=1e-5)
+
+
+def test_stride_one_gives_every_sample_the_whole_context():
+    windows = plan([SIZE * 20], make_config("last"), 1)
+    reach = np.concatenate([contexts(window, SIZE) for window in windows])
+    np.testing.assert_array_equal(reach, np.minimum(np.arange(SIZE * 20), PATCHES * SIZE))
+
+
+def test_stride_of_the_whole_context_starts_every_window_from_scratch():
+    windows = plan([SIZE * PATCHES * 3], make_config("dense"), PATCHES)
+    assert [window.end - window.first for window in windows] == [SIZE * PATCHES] * 3
+    assert contexts(windows[1], SIZE)[0] == SIZE
+
+
+@pytest.mark.parametrize(("stride", "max_targets"), [(1, 700), (2, 500), (PATCHES, 900)])
+def test_a_sample_of_targets_is_unbiased_and_even(stride, max_targets):
+    """Over the draws, every window comes equally often; in each, neighbours are equally far."""
+    config, lengths = make_config("dense"), [SIZE * 30, SIZE * 7 + 5, SIZE * 3]
+    everything = plan(lengths, config, stride)
+    place = {window: i for i, window in enumerate(everything)}
+    total = sum(window.end - window.first for window in everything)
+    times, draws = collections.Counter(), 4_000
+    for seed in range(draws):
+        windows = plan(lengths, config, stride, max_targets, seed)
+        gaps = np.diff([place[window] for window in windows])
+        assert gaps.size == 0 or gaps.max() - gaps.min() <= 1
+        times.update(windows)
+    expected = draws * len(windows) / len(everything)
+    assert abs(expected / draws - max_targets / total) < 0.5 / len(everything) + 1e-9
+    counts = np.array([times[window] for window in everything])
+    np.testing.assert_allclose(counts, expected, atol=5 * np.sqrt(expected))
+    assert plan(lengths, config, stride, max_targets=total) == everything
+
+
+def test_a_stride_out_of_range_is_refused():
+    for stride in (0, PATCHES + 1):
+        with pytest.raises(UserError, match=rf"--stride_patches must be from 1 to .*{PATCHES}"):
+            plan([1000], make_config("dense"), stride)
+    assert default_stride(make_config("last")) == 1
+    assert default_stride(make_config("dense")) == PATCHES // 2
