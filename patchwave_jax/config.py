@@ -80,7 +80,7 @@ class TrainConfig:
     """The recipe."""
 
     batch_size: int = 40  # windows or segments of one step, over all devices
-    micro_batch_size: int = 8  # rows of a step computed at once; 0: all
+    micro_batch_size: int = 8  # rows a device computes at once, at most; 0: all it has
     hop: int = 1  # 'dense' only: a target at every hop-th sample; divides the patch
     num_steps: int = 1_000_000  # a limit; the paper stops when the validation loss is flat
     learning_rate: float = 1e-4
@@ -239,12 +239,6 @@ def _check(config: Config) -> None:
         config.objective == "dense" or train.hop == 1,
         "train.hop",
         "needs config.objective='dense'; 'last' has one target a window",
-    )
-    rows = train.micro_batch_size or train.batch_size
-    require(
-        train.batch_size % rows == 0,
-        "train.micro_batch_size",
-        f"{rows} does not divide train.batch_size, {train.batch_size}",
     )
     if run.phase_chunk:
         phases = size // train.hop

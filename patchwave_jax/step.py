@@ -102,16 +102,19 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     """The training step of `config` on `mesh`.
 
     Raises:
-      UserError: if the rows of a micro-batch can't be split evenly over the devices.
+      UserError: if the batch can't be split evenly over the devices.
     """
     train = config.train
-    rows = train.micro_batch_size or train.batch_size
-    if rows % mesh.size:
-        field = "train.micro_batch_size" if train.micro_batch_size else "train.batch_size"
-        raise UserError(f"config.{field} {rows} is not a multiple of the {mesh.size} devices")
+    if train.batch_size % mesh.size:
+        raise UserError(
+            f"config.train.batch_size {train.batch_size} is not a multiple of {mesh.size} devices"
+        )
+    rows_each = train.batch_size // mesh.size
+    rows_each = _largest_divisor(rows_each, train.micro_batch_size or rows_each)
+    rows = rows_each * mesh.size  # of a micro-batch
     graphdef, _ = graphdef_and_params(config)
     optimizer = make_optimizer(config)
-    phase_chunk, chunk_patches = choose_chunks(config, rows // mesh.size, mesh.devices.flat[0])
+    phase_chunk, chunk_patches = choose_chunks(config, rows_each, mesh.devices.flat[0])
 
     def init() -> State:
         params = nnx.state(make_model(config, nnx.Rngs(config.seed)))
