@@ -1,25 +1,102 @@
 """NLL of a trained model on a split: `python -m patchwave_jax.evaluate --workdir=DIR --split=test`.
 
-Prints nats and bits per sample with the quantiser, the number of targets and the context they
-had. The protocol is that of `patchwave_jax.sliding`.
+Prints nats and bits per sample with the quantiser, the number of targets, the context they had
+and a 95% interval; then the NLL against the context and per source file, with the yardsticks
+beside it where `--yardsticks` asks for them. The protocol is that of `patchwave_jax.sliding`:
+`--clip_samples=131072 --drop_last` on a model of the sashimi quantiser, with as much context, is
+that of the published YouTube-Mix numbers. Several `--workdir`, which may differ in context,
+measure in turn and come into one figure.
 """
 
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from patchwave_jax import sliding
+from patchwave_jax import figures, measure, reference, sliding
+from patchwave_jax.config import Config
 from patchwave_jax.data.build import ensure_built
-from patchwave_jax.data.index import open_split
+from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
-from patchwave_jax.errors import exits_cleanly
+from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.tally import MODEL, Tally
+
+
+def open_splits(config: Config, data_dir: str | None, name: str) -> tuple[Split, Split]:
+    """The split called `name` and the train split of a run's data; `piano_demo` is built."""
+    data = config.data
+    directory = data_dir or data.data_dir or default_data_dir()
+    ensure_built(data.dataset, directory)
+    return open_split(directory, data.dataset, name), open_split(directory, data.dataset, "train")
+
+
+def check_quantiser(asked: str | None, config: Config, workdir: str) -> None:
+    """Raises `UserError` if codes of another quantiser are asked for than the model knows."""
+    if asked is not None and asked != config.data.quantiser:
+        raise UserError(
+            f"--quantiser={asked}, but {workdir} was trained on {config.data.quantiser}: its codes "
+            "mean other levels, so its numbers on them would mean nothing. Leave the flag out, or "
+            f"train with --config.data.quantiser={asked}"
+        )
+
+
+def as_json(result: measure.Result, tally: Tally) -> dict[str, Any]:
+    """The result and all tables, as JSON holds them."""
+    tables = {
+        "context": tally.by_context,
+        "position": tally.by_position,
+        "files": tally.by_file,
+    }
+    record = dataclasses.asdict(result)
+    for axis, table in tables.items():
+        record[axis] = [dataclasses.asdict(row) for row in table()]
+    yardsticks = [name for name in tally.names if name != MODEL]
+    record["yardsticks"] = {
+        name: dataclasses.asdict(tally.total(name))
+        | {axis: [row.nll_bits for row in table(name)] for axis, table in tables.items()}
+        for name in yardsticks
+    }
+    return record
+
+
+def tables(tally: Tally) -> str:
+    """The model and the yardsticks, in bits: over all, by context, and per source file."""
+    names = tally.names
+    heads = "".join(f"{name:>{_wide(name)}}" for name in names)
+    lines = [f"{'bits per sample':<30}{'targets':>12}{heads}"]
+
+    def add(label: str, rows: Sequence[Any]) -> None:
+        values = "".join(
+            f"{row.nll_bits:>{_wide(name)}.4f}" for name, row in zip(names, rows, strict=True)
+        )
+        short = label if len(label) < 30 else f"...{label[-26:]}"
+        lines.append(f"{short:<30}{rows[0].targets:>12,}{values}")
+
+    add("all", [tally.total(name) for name in names])
+    for rows in zip(*(tally.by_context(name, coarse=True) for name in names), strict=True):
+        add(f"context {rows[0].low:,} to {rows[0].high - 1:,}", rows)
+    for rows in zip(*(tally.by_file(name) for name in names), strict=True):
+        add(rows[0].file, rows)
+    return "\n".join(lines)
+
+
+def _wide(name: str) -> int:
+    return max(len(name) + 2, 10)
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m patchwave_jax.evaluate", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="the run's directory")
+    """Parses the command line, measures, prints, and writes what was asked for."""
+    parser = argparse.ArgumentParser(
+        "python -m patchwave_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--workdir", required=True, action="append", help="the run's directory; may be repeated"
+    )
     parser.add_argument("--split", default="validation", help="train, validation or test")
     parser.add_argument("--step", type=int, help="checkpoint; default: the best on validation")
     parser.add_argument(
@@ -27,32 +104,85 @@ def main(argv: list[str] | None = None) -> None:
         type=int,
         help="patches a window advances by; default: half the context ('dense'), 1 ('last')",
     )
-    parser.add_argument("--clip_samples", type=int, help="cut recordings into clips of this length")
+    parser.add_argument(
+        "--clip_samples", type=int, help="cut source files into clips of this length"
+    )
+    parser.add_argument(
+        "--drop_last", action="store_true", help="leave out clips shorter than --clip_samples"
+    )
+    parser.add_argument("--quantiser", help="fail unless the model is of this one")
     parser.add_argument(
         "--max_targets", type=int, default=0, help="about so many, spread evenly; 0: all"
     )
+    parser.add_argument(
+        "--yardsticks",
+        action="store_true",
+        help="also measure predictors without a network on the same targets",
+    )
     parser.add_argument("--data_dir", help="where the dataset is; default: as in training")
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
+    parser.add_argument(
+        "--plot", type=Path, help="also draw bits against context: .png, .svg, .pdf"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
+    if args.max_targets < 0:
+        raise UserError(f"--max_targets must not be negative, got {args.max_targets}")
+    for path in (args.json, args.plot):
+        check_output(path, args.overwrite)
 
-    evaluator, params, step = sliding.load(args.workdir, args.step)
-    data = evaluator.config.data
-    data_dir = args.data_dir or data.data_dir or default_data_dir()
-    ensure_built(data.dataset, data_dir)
-    split = open_split(data_dir, data.dataset, args.split)
-    result = sliding.evaluate_split(
-        evaluator,
-        params,
+    records, tallies = [], {}
+    for workdir in args.workdir:
+        result, tally, about = measure_workdir(workdir, args)
+        print(f"{about['dataset']} {args.split}, step {about['step']}: {result}")
+        print(f"\n{tables(tally)}\n", flush=True)
+        records.append(as_json(result, tally) | about)
+        tallies[workdir] = tally
+    if args.json:
+        content = records[0] if len(records) == 1 else records
+        args.json.write_text(json.dumps(content, indent=2) + "\n")
+    if args.plot:
+        figures.save(figures.context_curves(tallies), args.plot)
+
+
+def measure_workdir(
+    workdir: str, args: argparse.Namespace
+) -> tuple[measure.Result, Tally, dict[str, Any]]:
+    """Measures one run as the flags ask: the result, its tables, and what it is of."""
+    evaluator, params, step = sliding.load(workdir, args.step)
+    config = evaluator.config
+    check_quantiser(args.quantiser, config, workdir)
+    split, train_split = open_splits(config, args.data_dir, args.split)
+    targets = measure.choose_targets(
+        config,
         split,
         stride_patches=args.stride_patches,
         clip_samples=args.clip_samples,
+        drop_last=args.drop_last,
         max_targets=args.max_targets,
     )
-    print(f"{data.dataset} {args.split}, step {step}: {result}")
-    if args.json:
-        record = dataclasses.asdict(result) | {"split": args.split, "step": step}
-        record |= {"dataset": data.dataset, "manifest_hash": split.manifest_hash}
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+    tally = measure.measure(evaluator, params, targets)
+    if args.yardsticks:
+        fitted = reference.fitted(workdir, train_split, config.data.quantiser)
+        measure.measure_yardsticks(fitted, targets, tally)
+    about = {
+        "split": args.split,
+        "step": step,
+        "dataset": split.dataset,
+        "manifest_hash": split.manifest_hash,
+        "workdir": workdir,
+    }
+    return measure.result(tally, targets), tally, about
+
+
+def check_output(path: Path | None, overwrite: bool) -> None:
+    """Raises `UserError` if a file that is to be written exists, or its folder does not."""
+    if path is None:
+        return
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; give --overwrite to replace it, or another name")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder; make it first")
 
 
 if __name__ == "__main__":

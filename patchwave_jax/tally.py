@@ -148,15 +148,25 @@ class Tally:
         tables = self._sums[name, "file"], self._counts[name, "file"]
         return Row(**_rows(*(table.sum(1, keepdims=True) for table in tables))[0])
 
-    def by_context(self, name: str = MODEL) -> list[Point]:
-        """NLL against the available context; bins without targets are left out."""
-        rows = _rows(self._sums[name, "context"], self._counts[name, "context"])
-        edges, points = self.context_edges, []
-        for i, row in enumerate(rows):
-            if row["targets"]:
-                mean = float(self._context_sums[name][i] / row["targets"])
-                points.append(Point(**row, low=int(edges[i]), high=int(edges[i + 1]), mean=mean))
-        return points
+    def by_context(self, name: str = MODEL, coarse: bool = False) -> list[Point]:
+        """NLL against the available context; bins without targets are left out.
+
+        `coarse` is for a table: two bins below 1,024 samples, then one an octave.
+        """
+        lows = self.context_edges[:-1]
+        starts = np.arange(len(lows))
+        if coarse:
+            octaves = (lows >= 1_024) & (lows & (lows - 1) == 0)
+            starts = np.flatnonzero(np.isin(lows, (0, 32, lows[-1])) | octaves)
+        ends = self.context_edges[[*starts[1:], -1]]
+        tables = self._sums[name, "context"], self._counts[name, "context"]
+        rows = _rows(*(np.add.reduceat(table, starts, axis=1) for table in tables))
+        context_sums = np.add.reduceat(self._context_sums[name], starts)
+        return [
+            Point(**row, low=int(low), high=int(high), mean=float(total / row["targets"]))
+            for row, low, high, total in zip(rows, lows[starts], ends, context_sums, strict=True)
+            if row["targets"]
+        ]
 
     def by_position(self, name: str = MODEL) -> list[Point]:
         """NLL against the position in the clip; bins without targets are left out."""
