@@ -1,0 +1,125 @@
+"""Configurations: the files, the paper's recipe, and every mistake named by its field."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+from patchwave_jax.config import Config, from_config_dict, to_config_dict
+from patchwave_jax.errors import UserError
+from patchwave_jax.step import count_parameters, make_mesh, make_step
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def load(name: str, arg: str = "") -> Config:
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(module.get_config(arg))
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("ctx128k", 64), ("ctx512k", 256), ("ctx1m", 500)]
+)
+def test_the_papers_recipe(name, tokens):
+    config = load(name)
+    assert (config.objective, config.patches, config.targets_per_row) == ("last", tokens, 1)
+    train, model = config.train, config.model
+    assert (train.batch_size, train.learning_rate, train.decay_steps) == (40, 1e-4, 250_000)
+    assert (train.final_learning_rate, train.schedule) == (5e-6, "drop")
+    dropout = (model.conv_dropout, model.mlp_dropout, model.head_dropout, model.token_dropout)
+    assert dropout == (0.2, 0.2, 0.2, 0.1)
+    assert config.data.distinct_positions == 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "arg", "parameters"),
+    [
+        ("ctx128k", "", 3_109_024),
+        ("ctx1m", "", 3_109_024),
+        ("ctx128k", "dense", None),
+        ("ctx512k", "dense", None),
+        ("ctx1m", "dense", None),
+        ("demo", "", None),
+    ],
+)
+def test_every_configuration_traces_a_whole_train_step(name, arg, parameters):
+    config = load(name, arg)
+    batch = config.train.batch_size
+    while batch % jax.device_count():
+        batch += 1
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch))
+    step = make_step(config, make_mesh())
+    codes = jax.ShapeDtypeStruct((batch, config.window_samples), "uint8")
+    state, metrics = jax.eval_shape(step.update, step.abstract_state, codes)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), step.abstract_state
+    )
+    assert set(metrics) == {"nll_nats", "gradient_norm"}
+    if parameters:
+        assert count_parameters(state["params"]) == parameters
+    assert count_parameters(state["params"]) < 3_200_000
+
+
+def test_an_unknown_argument_is_named():
+    with pytest.raises(UserError, match="dense2"):
+        load("ctx128k", "dense2")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("objective", "both", "config.objective must be one of last, dense"),
+        ("context_samples", 100_001, "not a whole number of patches of 2000.*nearest is 100000"),
+        ("context_samples", 0, "config.context_samples"),
+        ("seed", -1, "config.seed"),
+        ("model.head", "gaussian", "config.model.head must be one of"),
+        ("model.width", 127, "config.model.width must be even"),
+        ("model.num_heads", 0, "config.model.num_heads must be at least 1"),
+        ("model.num_heads", 2.5, "config.model.num_heads must be of type int"),
+        ("model.strides", (2, 3), "config.model.strides must have one entry"),
+        ("model.strides", 2, "config.model.strides must be a tuple"),
+        ("model.strides", (2, 3, 2, 3, 0), "config.model.strides must be at least 1"),
+        ("model.patch_samples", 200, "config.model.patch_samples 200 is too short"),
+        ("model.mlp_dropout", 1.0, "config.model.mlp_dropout must be below 1"),
+        ("model.predictor_taps", 4000, "config.model.predictor_taps"),
+        ("data.quantiser", "alaw", "config.data.quantiser must be one of mulaw"),
+        ("train.hop", 3, "config.train.hop 3 does not divide"),
+        ("train.hop", 2, "needs config.objective='dense'"),
+        ("train.learning_rate", float("nan"), "config.train.learning_rate must be finite"),
+        ("train.learning_rate", "fast", "config.train.learning_rate must be of type float"),
+        ("train.batch_size", True, "config.train.batch_size must be of type int"),
+        ("run.phase_chunk", 7, "config.run.phase_chunk 7 does not divide"),
+        ("run.encode_chunk_patches", 7, "config.run.encode_chunk_patches 7 does not divide"),
+    ],
+)
+def test_a_wrong_value_is_named(field, value, message):
+    tree = to_config_dict(Config()).to_dict()
+    *parents, name = field.split(".")
+    part = tree
+    for parent in parents:
+        part = part[parent]
+    part[name] = value
+    with pytest.raises(UserError, match=message):
+        from_config_dict(tree)
+
+
+def test_unknown_and_missing_fields_are_named():
+    tree = to_config_dict(Config()).to_dict()
+    tree["model"]["heads"] = 3
+    with pytest.raises(UserError, match=r"config\.model\.heads is no field; there are"):
+        from_config_dict(tree)
+    del tree["model"]["heads"], tree["train"]["hop"]
+    with pytest.raises(UserError, match=r"config\.train\.hop is missing"):
+        from_config_dict(tree)
+
+
+def test_a_configuration_survives_its_dict():
+    config = load("ctx1m", "dense")
+    assert from_config_dict(to_config_dict(config)) == config
+    assert from_config_dict(dataclasses.asdict(config)) == config

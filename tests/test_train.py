@@ -1,0 +1,289 @@
+"""Training: exact resumption, any number of devices, refusals, and that it learns."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SMALL, random_codes
+from jax.sharding import AxisType, Mesh
+
+from patchwave_jax import train as train_module
+from patchwave_jax.checkpoint import Checkpoints
+from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
+from patchwave_jax.data.build import ensure_built
+from patchwave_jax.errors import UserError
+from patchwave_jax.step import choose_chunks, make_schedule, make_step
+from patchwave_jax.train import train
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data")
+    ensure_built("piano_demo", path)
+    return str(path)
+
+
+def small(data_dir: str = "", **train_fields) -> Config:
+    """Dropout is on, so that resuming has randomness to get right."""
+    recipe = TrainConfig(batch_size=8, micro_batch_size=0, num_steps=4, learning_rate=1e-3)
+    return Config(
+        objective="dense",
+        context_samples=240,
+        model=SMALL,
+        data=DataConfig(dataset="piano_demo", data_dir=data_dir, distinct_positions=1000),
+        train=dataclasses.replace(recipe, **train_fields),
+        run=RunConfig(
+            log_every_steps=1, eval_every_steps=2, eval_targets=2000, save_every_steps=2
+        ),
+    )
+
+
+def mesh_of(count: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))
+
+
+def final_state(config: Config, workdir) -> dict:
+    step = make_step(config, train_module.make_mesh())
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.latest is not None
+        return checkpoints.restore(checkpoints.latest, step.abstract_state)
+
+
+def metrics(workdir, *, timing=False) -> list[dict]:
+    rows = [json.loads(row) for row in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    clocks = set() if timing else {"minutes", "seconds_per_step", "targets_per_second"}
+    return [{k: v for k, v in row.items() if k not in clocks} for row in rows]
+
+
+def same_bits(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("objective", ["last", "dense"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(objective, data_dir, tmp_path):
+    config = dataclasses.replace(small(data_dir), objective=objective)
+    halfway = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=2))
+    assert train(config, tmp_path / "straight")
+    assert train(halfway, tmp_path / "resumed")
+    assert train(config, tmp_path / "resumed")
+    same_bits(*(final_state(config, tmp_path / name) for name in ("straight", "resumed")))
+    rows = [metrics(tmp_path / name) for name in ("straight", "resumed")]
+    assert rows[0] == rows[1]
+    assert [r["step"] for r in rows[0] if r["kind"] == "train"] == [1, 2, 3, 4]
+
+
+def test_eight_devices_then_four(data_dir, tmp_path, monkeypatch):
+    """What is restored is bit for bit what eight devices saved; going on differs by rounding."""
+    config = small(data_dir)
+    halfway = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=2))
+    train(config, tmp_path / "straight")
+    train(halfway, tmp_path / "resumed")
+    saved = final_state(halfway, tmp_path / "resumed")
+    monkeypatch.setattr(train_module, "make_mesh", lambda: mesh_of(4))
+    restored = final_state(config, tmp_path / "resumed")
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(restored)} == {4}
+    same_bits(jax.device_get(saved), jax.device_get(restored))
+    train(config, tmp_path / "resumed")
+    rows = [metrics(tmp_path / name) for name in ("straight", "resumed")]
+    for straight, resumed in zip(*rows, strict=True):
+        assert straight["step"] == resumed["step"]
+        assert straight["nll_nats"] == pytest.approx(resumed["nll_nats"], abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["last", "dense"])
+def test_one_device_equals_eight_and_micro_batches_equal_the_whole(objective):
+    plain = dataclasses.replace(
+        SMALL, conv_dropout=0.0, mlp_dropout=0.0, head_dropout=0.0, token_dropout=0.0
+    )
+    config = dataclasses.replace(small(), objective=objective, model=plain)
+    codes = random_codes(16, config.window_samples)
+    got = []
+    for devices, rows in ((1, 0), (8, 0), (4, 2), (1, 5)):
+        recipe = dataclasses.replace(config.train, batch_size=16, micro_batch_size=rows)
+        step = make_step(dataclasses.replace(config, train=recipe), mesh_of(devices))
+        state, values = step.update(step.init(), codes)
+        got.append(jax.device_get((values, state["params"])))
+    for values, params in got[1:]:
+        np.testing.assert_allclose(values["nll_nats"], got[0][0]["nll_nats"], rtol=1e-5)
+        np.testing.assert_allclose(values["gradient_norm"], got[0][0]["gradient_norm"], rtol=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, got[0][1])
+
+
+@pytest.mark.parametrize("objective", ["last", "dense"])
+def test_overfits_one_batch(objective):
+    """One repeated batch of noise is learned by heart: well below a bit a sample."""
+    model = dataclasses.replace(
+        SMALL,
+        width=32,
+        conv_dropout=0.0,
+        mlp_dropout=0.0,
+        head_dropout=0.0,
+        token_dropout=0.0,
+        input="embedding",
+        skip_connections=True,
+    )
+    config = dataclasses.replace(
+        small(batch_size=2, learning_rate=1e-2), objective=objective, model=model
+    )
+    step = make_step(config, mesh_of(1))
+    state, codes = step.init(), random_codes(2, config.window_samples)
+    first = None
+    for _ in range(150):
+        state, values = step.update(state, codes)
+        first = first or float(values["nll_nats"]) / np.log(2)
+    bits = float(values["nll_nats"]) / np.log(2)
+    assert first > 7
+    assert bits < 0.3
+
+
+def test_a_contradiction_to_the_checkpoint_is_named(data_dir, tmp_path):
+    config = small(data_dir, num_steps=1)
+    train(config, tmp_path)
+    wrong = {
+        "config.model.width is 32, but the checkpoint was trained with 16": dataclasses.replace(
+            config, model=dataclasses.replace(SMALL, width=32)
+        ),
+        "config.objective is 'last'": dataclasses.replace(config, objective="last"),
+        "config.data.quantiser is 'linear'": dataclasses.replace(
+            config, data=dataclasses.replace(config.data, quantiser="linear")
+        ),
+    }
+    for message, other in wrong.items():
+        with pytest.raises(UserError, match=message):
+            train(other, tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_step(data_dir, tmp_path):
+    train(small(data_dir, num_steps=2), tmp_path)
+    with pytest.raises(UserError, match="step 2 is the last good one"):
+        train(small(data_dir, num_steps=9, learning_rate=1e30), tmp_path)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 2
+
+
+def test_stops_when_the_validation_loss_is_flat(data_dir, tmp_path):
+    config = small(
+        data_dir,
+        num_steps=100,
+        learning_rate=1e-30,
+        final_learning_rate=1e-30,
+        decay_steps=4,
+        patience_evals=2,
+    )
+    train(config, tmp_path)
+    evaluated = [row["step"] for row in metrics(tmp_path) if row["kind"] == "validation"]
+    assert evaluated == [2, 4, 6, 8]
+    train(config, tmp_path)  # stays stopped
+    assert metrics(tmp_path)[-1]["step"] == 8
+
+
+def test_keeps_the_newest_and_the_best(data_dir, tmp_path):
+    config = small(data_dir, num_steps=8)
+    train(config, tmp_path)
+    with Checkpoints(tmp_path) as checkpoints:
+        steps = [c.step for c in checkpoints._checkpointer.checkpoints]
+        losses = {
+            row["step"]: row["nll_nats"] for row in metrics(tmp_path) if row["kind"] == "validation"
+        }
+        assert checkpoints.best == min(losses, key=lambda step: losses[step])
+        assert set(steps) == {6, 8, checkpoints.best}
+        record = checkpoints.record(8)
+        assert record.config == config
+        assert record.best_nats == min(losses.values())
+
+
+COMMAND = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_train import small
+from patchwave_jax.train import train
+train(small({data_dir!r}, num_steps={steps}), {workdir!r})
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_cleanly(number, data_dir, tmp_path):
+    tests = os.path.dirname(__file__)
+    source = COMMAND.format(tests=tests, data_dir=data_dir, workdir=str(tmp_path), steps=100_000)
+    process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
+    try:
+        for _ in range(1200):
+            if (tmp_path / "metrics.jsonl").exists() and len(metrics(tmp_path)) > 3:
+                break
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "The same command goes on" in output
+    last = metrics(tmp_path)[-1]["step"]
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == last
+    train(small(data_dir, num_steps=last + 1), tmp_path)
+    assert [r["step"] for r in metrics(tmp_path) if r["kind"] == "train"] == list(
+        range(1, last + 2)
+    )
+
+
+def test_schedules_by_hand():
+    drop = make_schedule(Config())
+    assert [float(drop(step)) for step in (0, 249_999, 250_000, 999_999)] == pytest.approx(
+        [1e-4, 1e-4, 5e-6, 5e-6]
+    )
+    recipe = TrainConfig(
+        schedule="cosine",
+        warmup_steps=10,
+        decay_steps=110,
+        learning_rate=1.0,
+        final_learning_rate=0.1,
+    )
+    cosine = make_schedule(Config(train=recipe))
+    assert [float(cosine(step)) for step in (0, 5, 10, 60, 110, 500)] == pytest.approx(
+        [0, 0.5, 1, 0.55, 0.1, 0.1]
+    )
+
+
+def test_a_batch_that_does_not_split_over_the_devices_is_named():
+    with pytest.raises(UserError, match=r"config\.train\.batch_size 7 is not a multiple of 8"):
+        make_step(small(batch_size=7), mesh_of(8))
+
+
+def test_chunks_fit_the_memory_and_divide():
+    class Device:
+        def __init__(self, limit):
+            self.limit = limit
+
+        def memory_stats(self):
+            return {"bytes_limit": self.limit}
+
+    for context in (128_000, 1_000_000):
+        config = dataclasses.replace(Config(), objective="dense", context_samples=context)
+        small_device = choose_chunks(config, 1, Device(12e9))
+        large_device = choose_chunks(config, 1, Device(80e9))
+        assert all(a <= b for a, b in zip(small_device, large_device, strict=True))
+        assert 2000 % small_device[0] == 0
+        assert config.patches % small_device[1] == 0
+    chosen = dataclasses.replace(config, run=dataclasses.replace(config.run, phase_chunk=4))
+    assert choose_chunks(chosen, 1, Device(80e9))[0] == 4
+
+
+def test_the_mixture_starts_from_linear_prediction(data_dir, tmp_path):
+    model = dataclasses.replace(SMALL, head="logistic_mixture")
+    config = dataclasses.replace(small(data_dir, num_steps=1, learning_rate=1e-9), model=model)
+    train(config, tmp_path)
+    state = final_state(config, tmp_path)
+    taps = state["params"]["head"]["predictor"][...]
+    assert taps.shape == (16,)
+    assert float(jnp.abs(taps).max()) > 1  # far from the previous sample alone
+    assert metrics(tmp_path)[0]["nll_bits"] < 5.5  # order-0 entropy is 7.6
