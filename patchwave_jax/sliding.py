@@ -31,6 +31,8 @@ from patchwave_jax.step import (
     replicated,
 )
 
+BATCH_SAMPLES = 64_000  # of windows that a device scores at once, or one window if it is longer
+
 
 class Window(NamedTuple):
     """The targets `first` to `end` of a clip (in samples), read from `patches` tokens."""
@@ -90,8 +92,7 @@ class Evaluator:
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
         graphdef, self.abstract_params = graphdef_and_params(config)
-        # Windows shorter than the machine's appetite go in together.
-        self.rows = mesh.size * max(1, 64_000 // config.context_samples)
+        self.rows = mesh.size * max(1, BATCH_SAMPLES // config.context_samples)
         plain = dataclasses.replace(config.train, hop=1)
         phase_chunk, chunk_patches = choose_chunks(
             dataclasses.replace(config, train=plain), self.rows // mesh.size, mesh.devices.flat[0]

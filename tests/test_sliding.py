@@ -10,6 +10,7 @@ from conftest import SMALL, random_codes, random_model
 from flax import nnx
 from jax.sharding import AxisType
 
+from patchwave_jax import sliding
 from patchwave_jax.config import Config, DataConfig
 from patchwave_jax.errors import UserError
 from patchwave_jax.quantisers import SILENCE
@@ -29,6 +30,12 @@ def make_config(objective: str, model=SMALL, quantiser="mulaw") -> Config:
     )
 
 
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch):
+    """Otherwise most of a batch were padding here."""
+    monkeypatch.setattr(sliding, "BATCH_SAMPLES", 500)
+
+
 def some_devices(count: int):
     return jax.make_mesh(
         (count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
@@ -41,7 +48,6 @@ def score(config: Config, model, clips, stride: int, devices: int = 1, **kwargs)
     log_probs = [np.full(clip.size, np.nan) for clip in clips]
     reach = [np.full(clip.size, -1) for clip in clips]
     evaluator = Evaluator(config, some_devices(devices))
-    evaluator.rows = 8  # of a batch; otherwise most of it were padding here
     for scored in evaluator.score(nnx.state(model), lambda i: clips[i], windows):
         window = scored.window
         target = slice(window.first, window.end)
