@@ -13,6 +13,7 @@ Where a sample is counted by `past`, it is the number of samples of the window b
 Dimensions as in `patchwave_jax.model`; `R` samples that a layer remembers, `C` samples a chunk.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from jaxtyping import Array, Float, UInt8
 
 from patchwave_jax import quantisers
 from patchwave_jax.config import Config
+from patchwave_jax.heads import LogisticMixture
 from patchwave_jax.model import PatchWave, attend, convolve, positions
 from patchwave_jax.step import graphdef_and_params
 
@@ -46,17 +48,15 @@ class Incremental:
     """The step of one configuration's model, and what prepares it."""
 
     def __init__(self, config: Config):
-        self.causal, self.patches, self.config = (
-            config.objective == "dense",
-            config.patches,
-            config.model,
-        )
+        self.causal, self.patches = config.objective == "dense", config.patches
+        self.config = config.model
         self._graphdef, self.abstract_params = graphdef_and_params(config)
         strides, filters = self.config.strides, self.config.filters
         # Of the convolutions and, last, of the linear layer.
-        kernels = [self.config.kernel_size] * len(filters) + [self.config.final_frames]
+        self._kernels = [self.config.kernel_size] * len(filters) + [self.config.final_frames]
         self._dilations = [math.prod(strides[:i]) for i in range(len(strides) + 1)]
-        self._reaches = [(k - 1) * d for k, d in zip(kernels, self._dilations, strict=True)]
+        self._reaches = [(k - 1) * d for k, d in zip(self._kernels, self._dilations, strict=True)]
+        self._newest = max(self.config.kernel_size, self.config.predictor_taps)
 
     def merge(self, params: Any) -> PatchWave:
         return nnx.merge(self._graphdef, params)
@@ -68,10 +68,9 @@ class Incremental:
     def empty(self, rows: int) -> State:
         """A state of `rows` streams to be primed."""
         config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
-        newest = max(config.kernel_size, config.predictor_taps)
         cache = (rows, config.patch_samples, self.patches, config.width)
         return State(
-            jnp.full((rows, newest), quantisers.SILENCE, jnp.uint8),
+            jnp.full((rows, self._newest), quantisers.SILENCE, jnp.uint8),
             [
                 jnp.zeros((rows, reach, filters), dtype)
                 for reach, filters in zip(self._reaches[1:], config.filters, strict=True)
@@ -90,9 +89,8 @@ class Incremental:
         touch; what lies behind them is not looked at. `state` is overwritten.
         """
         model, config = self.merge(params), self.config
-        size, newest = config.patch_samples, state.codes.shape[1]
-        patches = segment.shape[1] // size - 1
-        codes = lax.dynamic_slice_in_dim(segment, past + size - newest, newest, 1)
+        size, patches = config.patch_samples, segment.shape[1] // config.patch_samples - 1
+        codes = lax.dynamic_slice_in_dim(segment, past + size - self._newest, self._newest, 1)
         # The newest sample is the next step's to encode.
         field = config.receptive_field
         before = lax.dynamic_slice_in_dim(segment, past + size - field, field - 1, 1)
@@ -153,57 +151,77 @@ class Incremental:
 
     # One step.
 
+    def extend(self, state: State, chunk: int) -> State:
+        """With room for `chunk` more samples, in the layout in which `step` reads and writes.
+
+        A layer of dilation d reads every d-th of its inputs: they are put side by side,
+        [B, d, K - 1 + C / d, F], so that the step copies them in one piece.
+        """
+        layers = []
+        for x, dilation in zip(state.layers, self._dilations[1:], strict=True):
+            room = -(-chunk // dilation) * dilation
+            x = jnp.pad(x, ((0, 0), (0, room), (0, 0)))
+            x = x.reshape(x.shape[0], -1, dilation, x.shape[2])
+            layers.append(jnp.swapaxes(x, 1, 2))
+        return State(jnp.pad(state.codes, ((0, 0), (0, chunk))), layers, state.caches)
+
+    def shorten(self, extended: State, count: Array) -> State:
+        """The state after `count` steps from an extended one."""
+        layers = []
+        for x, reach in zip(extended.layers, self._reaches[1:], strict=True):
+            x = jnp.swapaxes(x, 1, 2).reshape(x.shape[0], -1, x.shape[3])
+            layers.append(lax.dynamic_slice_in_dim(x, count, reach, 1))
+        codes = lax.dynamic_slice_in_dim(extended.codes, count, self._newest, 1)
+        return State(codes, layers, extended.caches)
+
     def step(
         self, model: PatchWave, folded: Folded, state: State, i: Array, past: Array
-    ) -> tuple[State, Callable[[], tuple[Array, Array | None]]]:
-        """Takes in the newest sample, `past - 1` of the window.
-
-        `state.codes` and `state.layers` have room for `C` more samples, `i` of which are there.
+    ) -> tuple[State, Callable[[], tuple[Array, Any]]]:
+        """Takes in the newest sample, `past - 1` of the window; `i` were added since `extend`.
 
         Returns:
-          The state, and a function that gives the readout's hidden vector of target `past` and
-          its linear prediction.
+          The state, and a function that gives what the head reads of target `past`: the hidden
+          vector and the linear prediction.
         """
-        size, newest = (
-            self.config.patch_samples,
-            max(self.config.kernel_size, self.config.predictor_taps),
-        )
-        recent = lax.dynamic_slice_in_dim(state.codes, i, newest, 1)
+        recent = lax.dynamic_slice_in_dim(state.codes, i, self._newest, 1)
         token, skip, layers = self._encode(model, recent, state.layers, i)
-        number, phase = past // size, past % size
+        number, phase = past // self.config.patch_samples, past % self.config.patch_samples
         if self.causal:
-            newest_state, caches = self._causal(model, folded, token, state.caches, number, phase)
+            states, caches = self._causal(model, folded, token, state.caches, number, phase)
+            read_states = lambda: states  # noqa: E731
         else:
-            cache = _put_token(state.caches[0], token, number, phase)
-            tokens, caches = lax.dynamic_index_in_dim(cache, phase, 1, False), [cache]
+            caches = [_put_token(state.caches[0], token, number, phase)]
+            tokens = lax.dynamic_index_in_dim(caches[0], phase, 1, False)
+            read_states = functools.partial(self._bidirectional, model, folded, tokens, number)
 
-        def read() -> tuple[Array, Array | None]:
-            states = (
-                newest_state if self.causal else self._bidirectional(model, folded, tokens, number)
-            )
+        def read() -> tuple[Array, Any]:
             prediction = None
-            if model.head.taps:
-                prediction = model.head.predict(recent[:, newest - model.head.taps :])[:, 0]
-            return model.hidden(states, skip), prediction
+            if isinstance(model.head, LogisticMixture):
+                prediction = model.head.predict(recent[:, self._newest - model.head.taps :])[:, 0]
+            return model.hidden(read_states(), skip), prediction
 
         return State(state.codes, layers, caches), read
 
     def _encode(
         self, model: PatchWave, recent: Array, layers: list[Array], i: Array
-    ) -> tuple[Float[Array, "B D"], Float[Array, "B D"] | None, list[Array]]:
+    ) -> tuple[Float[Array, "B D"], Array | None, list[Array]]:
         """The encoding of the patch that ends with the newest sample, and its skips."""
-        encoder, kept = model.encoder, []
-        taps = encoder.inputs(recent[:, recent.shape[1] - self.config.kernel_size :])
-        skip = None
-        for number, conv in enumerate(encoder.convs):
+        encoder, skip, kept = model.encoder, None, []
+        taps = encoder.inputs(recent[:, self._newest - self.config.kernel_size :])
+        for number, conv in enumerate(encoder.convs, 1):
             x = jax.nn.relu(_product(taps, conv.kernel[...]) + conv.bias[...])
             if self.config.skip_connections:
-                skip = encoder.skips[number](x) + (0 if skip is None else skip)
-            reach, dilation = self._reaches[number + 1], self._dilations[number + 1]
-            inputs = lax.dynamic_update_slice(layers[number], x[:, None], (0, reach + i, 0))
-            taps = lax.dynamic_slice_in_dim(inputs, i, reach + 1, 1)[:, ::dilation]
+                skip = encoder.skips[number - 1](x) + (0 if skip is None else skip)
+            dilation, earlier = self._dilations[number], self._kernels[number] - 1
+            row, phase = i // dilation, i % dilation
+            inputs = lax.dynamic_update_slice(
+                layers[number - 1], x[:, None, None], (0, phase, earlier + row, 0)
+            )
+            shape = (x.shape[0], 1, earlier + 1, x.shape[1])
+            taps = lax.dynamic_slice(inputs, (0, phase, row, 0), shape)
             kept.append(inputs)
-        token = _product(taps, encoder.linear.kernel[...]) + encoder.linear.bias[...]
+        token = _product(taps, encoder.linear.kernel[...])
+        token = token + encoder.linear.bias[...]  # pyright: ignore
         return token.astype(taps.dtype), skip, kept
 
     def _causal(
@@ -217,12 +235,12 @@ class Incremental:
     ) -> tuple[Float[Array, "B D"], list[Array]]:
         table = jnp.asarray(positions(self.patches, self.config.width), token.dtype)
         x, kept = (token + table[number])[:, None], []
-        seen = (jnp.arange(self.patches) <= number)[None]
+        seen = jnp.arange(self.patches) <= number
         for block, weights, cache in zip(model.blocks, folded, caches, strict=True):
             query = block.attention_norm(x).astype(x.dtype)
             cache = _put_token(cache, query[:, 0], number, phase)
             keys = lax.dynamic_index_in_dim(cache, phase, 1, False)
-            x = block.feed_forward(x + attend(weights, query, keys, seen))
+            x = block.feed_forward(x + _attend_one(weights, query[:, 0], keys, seen)[:, None])
             kept.append(cache)
         return x[:, 0], kept
 
@@ -250,7 +268,24 @@ def _put_token(cache: Array, token: Float[Array, "B D"], number: Array, phase: A
     return lax.dynamic_update_slice(cache, token[:, None, None], (0, phase, number, 0))
 
 
-def _product(taps: Float[Array, "B K F"], kernel: Array) -> Float[Array, "B D"]:
+def _attend_one(
+    folded: tuple[Array, Array, Array, Array],
+    query: Float[Array, "B D"],
+    keys: Float[Array, "B N D"],
+    seen: Array,
+) -> Float[Array, "B D"]:
+    """`attend` for one query a stream, with the products laid out so that no key is moved."""
+    score, score_bias, mix, bias = folded
+    (rows, width), heads = query.shape, score_bias.shape[0]
+    queries = query @ score.reshape(width, -1) + score_bias.reshape(-1)
+    scores = jnp.einsum("bke,bhe->bkh", keys, queries.reshape(rows, heads, width))
+    scores = jnp.where(seen[:, None], scores.astype(jnp.float32), -jnp.inf)
+    weights = jax.nn.softmax(scores, 1).astype(query.dtype)
+    mixed = jnp.einsum("bkh,bke->bhe", weights, keys)
+    return mixed.reshape(rows, -1) @ mix.reshape(-1, width) + bias
+
+
+def _product(taps: Float[Array, "B *taps F"], kernel: Array) -> Float[Array, "B D"]:
     """The newest output of a convolution whose inputs are `taps`."""
     flat = taps.reshape(taps.shape[0], -1)
     return flat @ kernel.reshape(flat.shape[1], -1).astype(flat.dtype)

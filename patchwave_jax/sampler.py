@@ -24,7 +24,6 @@ from patchwave_jax.incremental import Folded, Incremental, State
 from patchwave_jax.step import by_rows, replicated
 
 CHUNK_SAMPLES = 800  # made by one call of the compiled loop
-MAX_SAMPLES = 2**31 - 1  # a clip's samples are counted in 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,37 +46,52 @@ class Knobs:
             if not ok:
                 raise UserError(f"--{name} must be {what}, got {getattr(self, name)}")
 
-    def noise(self, streams: Array, first: Array, count: int) -> Float32[Array, "C B 256"] | None:
-        """Standard Gumbel for `count` samples from sample `first`, each with a key of its own."""
-        if self.temperature == 0:
-            return None
+    def uniforms(self, streams: Array, first: Array, count: int) -> Float32[Array, "C B"]:
+        """Numbers in [0, 1) for `count` samples from sample `first`, each from its own key."""
 
         def of_sample(stream: Array, sample: Array) -> Array:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), stream), sample)
-            return jax.random.gumbel(key, (quantisers.NUM_CODES,), jnp.float32)
+            return jax.random.uniform(key)
 
         of_streams = jax.vmap(of_sample, (0, None))
         return jax.vmap(of_streams, (None, 0))(streams, first + jnp.arange(count))
 
     def draw(
-        self, logits: Float32[Array, "B 256"], noise: Float32[Array, "B 256"] | None
+        self, logits: Float32[Array, "B 256"], uniform: Float32[Array, " B"]
     ) -> UInt8[Array, " B"]:
-        """A code of each row.
+        """A code of each row: the first whose cumulative probability is above `uniform`.
 
         Temperature comes first, then top-k, then top-p of what that leaves. Codes just as likely
         as the last one kept are kept too.
         """
-        if noise is None:
-            return jnp.argmax(logits, -1).astype(jnp.uint8)
+        logits = logits - logits.max(-1, keepdims=True)
+        likeliest = _first(logits == 0)
+        if self.temperature == 0:
+            return likeliest.astype(jnp.uint8)
         logits = logits / self.temperature
         if self.top_k:
             rank = (logits[:, None, :] > logits[:, :, None]).sum(-1)
             logits = jnp.where(rank < self.top_k, logits, -jnp.inf)
+        mass = jnp.exp(logits)
         if self.top_p < 1:
             likelier = logits[:, None, :] > logits[:, :, None]
-            mass = jnp.where(likelier, jax.nn.softmax(logits)[:, None, :], 0).sum(-1)
-            logits = jnp.where(mass < self.top_p, logits, -jnp.inf)
-        return jnp.argmax(logits + noise, -1).astype(jnp.uint8)
+            before = jnp.where(likelier, mass[:, None, :], 0).sum(-1)
+            mass = jnp.where(before < self.top_p * mass.sum(-1, keepdims=True), mass, 0)
+        # Cumulative sums within rows of 16 codes, and of whole rows.
+        upper = np.triu(np.ones((16, 16), np.float32))
+        within = mass.reshape(-1, 16, 16) @ upper
+        rows = within[..., -1] @ (upper - np.eye(16, dtype=np.float32))
+        cumulative = (within + rows[..., None]).reshape(mass.shape)
+        above = cumulative > uniform[:, None] * cumulative[:, -1:]
+        # Rounding could leave none above; never draw what has no mass.
+        code = _first(above & (mass > 0))
+        return jnp.where(code < quantisers.NUM_CODES, code, likeliest).astype(jnp.uint8)
+
+
+def _first(chosen: Array) -> Array:
+    """Index of the first true element of each row, 256 if there is none."""
+    index = jnp.arange(quantisers.NUM_CODES, dtype=jnp.int32)
+    return jnp.where(chosen, index, quantisers.NUM_CODES).min(-1)
 
 
 class Sampler:
@@ -234,35 +248,25 @@ class Sampler:
     ) -> tuple[State, UInt8[Array, "B C"], Float32[Array, "B C"]]:
         """`count` samples, the first `known` of them given, from target `past` of the window."""
         model = self._model.merge(params)
-        rows, chunk = given.shape
-        newest = state.codes.shape[1]
-        noise = self.knobs.noise(streams, position, chunk)
+        (rows, chunk), first = given.shape, state.codes.shape[1]
+        uniforms = self.knobs.uniforms(streams, position, chunk)
 
         def sample(i, carry):
             state, read = self._model.step(model, folded, carry[0], i, past + i)
 
-            def predict():
+            def draw():
                 hidden, prediction = read()
-                logits = model.head.logits(hidden, prediction)
-                code = self.knobs.draw(logits, None if noise is None else noise[i])
+                code = self.knobs.draw(model.head.drawing_logits(hidden, prediction), uniforms[i])
                 return code, model.head.log_prob(hidden, prediction, code)
 
-            code, log_prob = lax.cond(i < known, lambda: (given[:, i], jnp.zeros(rows)), predict)
-            codes = lax.dynamic_update_slice(state.codes, code[:, None], (0, newest + i))
+            code, log_prob = lax.cond(i < known, lambda: (given[:, i], jnp.zeros(rows)), draw)
+            codes = lax.dynamic_update_slice(state.codes, code[:, None], (0, first + i))
             log_probs = lax.dynamic_update_slice(carry[1], log_prob[:, None], (0, i))
             return state._replace(codes=codes), log_probs
 
-        def extend(x: Array) -> Array:
-            return jnp.pad(x, ((0, 0), (0, chunk)) + ((0, 0),) * (x.ndim - 2))
-
-        def keep(x: Array, old: Array) -> Array:
-            return lax.dynamic_slice_in_dim(x, count, old.shape[1], 1)
-
-        longer = State(extend(state.codes), [extend(x) for x in state.layers], state.caches)
-        end, log_probs = lax.fori_loop(0, count, sample, (longer, jnp.zeros((rows, chunk))))
-        layers = [keep(x, old) for x, old in zip(end.layers, state.layers, strict=True)]
-        kept = State(keep(end.codes, state.codes), layers, end.caches)
-        return kept, end.codes[:, newest:], log_probs
+        begin = (self._model.extend(state, chunk), jnp.zeros((rows, chunk)))
+        end, log_probs = lax.fori_loop(0, count, sample, begin)
+        return self._model.shorten(end, count), end.codes[:, first:], log_probs
 
 
 def sample_clips(

@@ -1,0 +1,218 @@
+"""Audio from a trained model, as long as asked for, continued from a prompt or from silence.
+
+    python -m patchwave_jax.generate --workdir=DIR --seconds=10 --num=4 --out=DIR
+    python -m patchwave_jax.generate --workdir=DIR --prompt=my.wav --prompt_seconds=4 \\
+        --seconds=20 --temperature=0.95 --top_p=0.98 --seed=1 --out=DIR
+    python -m patchwave_jax.generate --out=DIR --resume
+    python -m patchwave_jax.generate --workdir=DIR --check
+
+The WAV files can be played while they grow. Ctrl-C and SIGTERM leave them whole, and `--resume`
+goes on as if nothing had happened. The same seed gives the same audio on the same machine; clip
+number i draws from its own stream of random numbers, whatever the other clips are.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchwave_jax import quantisers, sliding
+from patchwave_jax.agreement import check
+from patchwave_jax.data import audio
+from patchwave_jax.data.audio import SAMPLE_RATE
+from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.outputs import MAX_SAMPLES, Outputs, write_wav
+from patchwave_jax.prompts import Settings, encode, open_data, read_prompts
+from patchwave_jax.sampler import Sampler
+from patchwave_jax.train import stop_requested
+
+REPORT_SECONDS = 10.0  # between lines of progress
+
+
+def start(
+    settings: Settings, out: Path, evaluator: sliding.Evaluator, params: Any, step: int
+) -> tuple[Sampler, Outputs]:
+    """A sampler and files at the end of the prompts."""
+    config = evaluator.config
+    prompts = read_prompts(settings, config)
+    codes = encode(prompts, config.data.quantiser)
+    sampler = make_sampler(settings, evaluator, params)
+    shared = {
+        "checkpoint": str(Path(settings.workdir).resolve()),
+        "step": step,
+        "objective": config.objective,
+        "context_samples": config.context_samples,
+        "stride_patches": sampler.stride_patches,
+        "quantiser": config.data.quantiser,
+    }
+    asked = dataclasses.asdict(settings)
+    outputs = Outputs.create(out, asked, shared, [p.source for p in prompts], codes)
+    for clip, prompt in enumerate(prompts):
+        if prompt.original is not None:
+            write_wav(outputs.path(clip, "_original.wav"), prompt.original)
+    sampler.prime(codes, codes.shape[1])
+    return sampler, outputs
+
+
+def make_sampler(settings: Settings, evaluator: sliding.Evaluator, params: Any) -> Sampler:
+    return Sampler(
+        evaluator.config,
+        params,
+        evaluator.mesh,
+        num=settings.num,
+        knobs=settings.knobs(),
+        stride_patches=settings.stride_patches,
+    )
+
+
+def take_up(sampler: Sampler, outputs: Outputs) -> None:
+    """Brings a sampler where the files end, by the computations that made them."""
+    end = outputs.made
+    at = sampler.rewind(end, outputs.record["prompt_samples"])
+    sampler.prime(outputs.codes(max(0, at - sampler.reach), at), at)
+    while sampler.position < end:
+        ahead = min(end, sampler.position + 100_000)
+        given = outputs.codes(sampler.position, ahead)
+        first = sampler.position
+        while sampler.position < ahead:
+            sampler.run(given=given[:, sampler.position - first :])
+
+
+def generate(sampler: Sampler, outputs: Outputs, total: int) -> bool:
+    """Goes on to `total` samples a clip; False if a signal stopped it before."""
+    begin, reported = time.monotonic(), time.monotonic()
+    first = sampler.position
+    with stop_requested() as stopping:
+        while sampler.position < total and not stopping():
+            outputs.append(*sampler.run(total - sampler.position))
+            if (now := time.monotonic()) - reported > REPORT_SECONDS:
+                reported = now
+                rate = sampler.num * (sampler.position - first) / (now - begin)
+                print(
+                    f"{outputs.made / SAMPLE_RATE:.1f} of {total / SAMPLE_RATE:.1f} seconds, "
+                    f"{rate:,.0f} samples/s",
+                    flush=True,
+                )
+    return sampler.position >= total
+
+
+def report(outputs: Outputs) -> str:
+    """Where the clips are and what the model thinks of them."""
+    lines = []
+    for clip in range(len(outputs.record["clips"])):
+        bits = outputs.describe(clip)["bits_per_sample"]
+        told = "" if bits is None else f", {bits:.4f} bits per sample generated"
+        lines.append(f"{outputs.path(clip, '.wav')}: {outputs.made / SAMPLE_RATE:g} s{told}")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags; those of `Settings` only where they were given."""
+    parser = argparse.ArgumentParser(
+        "python -m patchwave_jax.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--workdir", help="the training run's directory")
+    add("--step", type=int, help="checkpoint; default: the best on validation")
+    add("--out", default="", help="where the clips go; a new or empty directory")
+    add("--num", type=int, help="clips; default: 1, or one per --prompt; prompts take turns")
+    add("--seconds", type=float, help="to generate, after the prompt (default: 10)")
+    add("--seed", type=int, help="of the random numbers (default: 0)")
+    add("--temperature", type=float, help="of the distribution; 0: the likeliest (default: 1)")
+    add("--top_k", type=int, help="draw from the k likeliest codes; 0: all (default)")
+    add("--top_p", type=float, help="draw from the likeliest codes of this probability in all")
+    add("--prompt", nargs="+", help="audio files to continue")
+    add("--prompt_seconds", type=float, help="the first so many of each prompt (default: all)")
+    add("--prompt_split", help="continue --num stretches spread over this split of the data")
+    add("--data_dir", help="where the dataset is; default: as in training")
+    add(
+        "--stride_patches", type=int, help="patches the full context slides by; default: evaluate's"
+    )
+    add("--plots", action="store_true", default=False, help="also draw each clip, as NNN.png")
+    add("--resume", action="store_true", default=False, help="go on with the clips of --out")
+    add("--check", action="store_true", default=False, help="compare with the evaluation and exit")
+    return parser.parse_args(argv)
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    args = vars(parse(argv))
+    out, plots, resume, checking = (args.pop(k) for k in ("out", "plots", "resume", "check"))
+    if not out and not checking:
+        raise UserError("--out is missing: where to put the clips")
+    outputs = Outputs.resume(Path(out)) if resume else None
+    if outputs:
+        settings, step = resumed_settings(outputs, args), outputs.record["shared"]["step"]
+    elif "workdir" not in args:
+        raise UserError("--workdir is missing: the directory of the training run")
+    else:
+        args.setdefault("num", max(1, len(args.get("prompt", []))))
+        settings, step = Settings(**args), args.get("step")
+    settings.check()
+    evaluator, params, step = sliding.load(settings.workdir, step)
+    if checking:
+        sys.exit(0 if run_check(settings, evaluator, params) else 1)
+    if outputs:
+        sampler = make_sampler(settings, evaluator, params)
+        take_up(sampler, outputs)
+        print(f"going on from {outputs.made / SAMPLE_RATE:g} seconds", flush=True)
+    else:
+        sampler, outputs = start(settings, Path(out), evaluator, params, step)
+    total = outputs.record["prompt_samples"] + round(settings.seconds * SAMPLE_RATE)
+    if total > MAX_SAMPLES:
+        raise UserError(f"--seconds: a clip can't be longer than {MAX_SAMPLES // SAMPLE_RATE}")
+    done = generate(sampler, outputs, total)
+    if plots:
+        from patchwave_jax import plots as drawing  # matplotlib is slow to import
+
+        for clip in range(settings.num):
+            path = outputs.path(clip, ".wav")
+            drawing.plot(path, outputs.record["prompt_samples"], path.name)
+    print(report(outputs), flush=True)
+    if not done:
+        print(
+            "stopped by a signal; the files are whole. Go on with:\n"
+            f"  python -m patchwave_jax.generate --out={out} --resume",
+            flush=True,
+        )
+
+
+def resumed_settings(outputs: Outputs, given: dict[str, Any]) -> Settings:
+    """The run's own settings; only `--seconds` may be another."""
+    own = outputs.record["settings"]
+    for name, value in given.items():
+        if name != "seconds" and value != own[name]:
+            raise UserError(
+                f"--resume goes on with --{name}={own[name]}, got {value}; leave it out"
+            )
+    outputs.record["settings"] = own = own | given
+    return Settings(**own)
+
+
+def run_check(settings: Settings, evaluator: sliding.Evaluator, params: Any) -> bool:
+    """Prints whether generation and evaluation agree on this checkpoint."""
+    config = evaluator.config
+    if settings.prompt:
+        pcm = np.concatenate([audio.read(path) for path in settings.prompt])
+    else:
+        split = open_data(settings, config, settings.prompt_split or "test")
+        needed = config.context_samples
+        longest = max(range(len(split.recordings)), key=lambda i: split.recordings[i].num_samples)
+        pcm = split.read(longest, 0, min(needed, split.recordings[longest].num_samples))
+    codes = quantisers.get(config.data.quantiser).encode(pcm)
+    found = check(
+        evaluator, params, codes, seed=settings.seed, stride_patches=settings.stride_patches
+    )
+    print(found)
+    return found.passed
+
+
+if __name__ == "__main__":
+    main()
