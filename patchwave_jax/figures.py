@@ -1,16 +1,21 @@
 """Figures of a run, by matplotlib."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from patchwave_jax.calibration import EDGES, Calibration
+from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError
-from patchwave_jax.tally import MODEL, Point, Tally
+from patchwave_jax.plots import FRAME_SAMPLES, HOP_SAMPLES, MELS, mel_spectrogram
+from patchwave_jax.tally import LN2, MODEL, Point, Tally
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2")
@@ -39,7 +44,7 @@ STYLE: dict[Any, Any] = {
 
 
 def make(
-    rows: int = 1, height: float = 3.6, width: float = 7.6, **kwargs
+    rows: int = 1, height: float = 3.6, width: float = 6.2, **kwargs
 ) -> tuple[Figure, list[Axes]]:
     """A figure of so many axes above each other, and they."""
     with matplotlib.rc_context(STYLE):
@@ -48,13 +53,13 @@ def make(
     return figure, list(axes[:, 0])
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure in the format of the path's suffix."""
+def save(figure: Figure, target: Path | io.BytesIO, kind: str | None = None) -> None:
+    """Writes a figure as `kind`, or in the format of the path's suffix."""
     try:
         with matplotlib.rc_context(STYLE):
-            figure.savefig(path, dpi=160)
+            figure.savefig(target, dpi=160, format=kind)
     except ValueError as error:
-        raise UserError(f"{path} can't be drawn: {error}") from error
+        raise UserError(f"{target} can't be drawn: {error}") from error
 
 
 def context_curves(tallies: Mapping[str, Tally]) -> Figure:
@@ -62,7 +67,7 @@ def context_curves(tallies: Mapping[str, Tally]) -> Figure:
 
     The yardsticks of the last run are drawn where they were measured.
     """
-    figure, (axes,) = make(height=4.0)
+    figure, (axes,) = make(height=3.9)
     for (label, tally), colour in zip(tallies.items(), COLOURS * len(tallies), strict=False):
         curve(axes, tally.by_context(), colour, label, log=True)
     tally = list(tallies.values())[-1]
@@ -77,11 +82,11 @@ def context_curves(tallies: Mapping[str, Tally]) -> Figure:
     return figure
 
 
-def position_curve(tally: Tally, sample_rate: int) -> Figure:
+def position_curve(tally: Tally) -> Figure:
     """Bits against the position in the clip."""
-    figure, (axes,) = make(height=2.8)
+    figure, (axes,) = make(height=3.9)
     points = tally.by_position()
-    seconds = [point.mean / sample_rate for point in points]
+    seconds = [point.mean / SAMPLE_RATE for point in points]
     axes.plot(seconds, _bits(points), color=COLOURS[0], marker="o", ms=2.5, lw=1.5)
     axes.set(xlabel="position in the clip (s)", ylabel="bits per sample")
     return figure
@@ -119,3 +124,112 @@ def _short(samples: int) -> str:
     if samples < 1_000_000:
         return f"{samples / 1_000:.3g}k"
     return f"{samples / 1_000_000:.3g}M"
+
+
+def loss_curves(
+    training: Sequence[Mapping], validation: Sequence[Mapping], yardsticks: Mapping[str, float]
+) -> Figure:
+    """Train and validation bits over the steps, yardsticks (nats by name) as lines."""
+    figure, (axes,) = make(height=3.9)
+    steps, bits = [row["step"] for row in training], [row["nll_bits"] for row in training]
+    axes.plot(steps, bits, color=COLOURS[0], lw=0.8, alpha=0.35)
+    axes.plot(steps, _smooth(bits), color=COLOURS[0], lw=1.6, label="train")
+    if validation:
+        axes.plot(
+            [row["step"] for row in validation],
+            [row["nll_bits"] for row in validation],
+            color=COLOURS[1],
+            marker="o",
+            ms=4,
+            lw=1.8,
+            label="validation",
+        )
+    for name, nats in yardsticks.items():
+        value = nats / LN2
+        axes.axhline(value, color=YARDSTICK_COLOURS[name], ls="--", lw=1.2)
+        place = (1.0, value)
+        axes.annotate(
+            f" {name}", place, xycoords=("axes fraction", "data"), fontsize=8, va="center",
+            color=YARDSTICK_COLOURS[name], annotation_clip=False,
+        )  # fmt: skip
+    top = max([*sorted(bits)[: max(1, len(bits) * 98 // 100)], 1.0])
+    axes.set(xlabel="step", ylabel="bits per sample", ylim=(0, min(top * 1.1, 10)))
+    axes.legend(loc="upper right", fontsize=9)
+    return figure
+
+
+def rates(training: Sequence[Mapping]) -> Figure:
+    """Learning rate and throughput over the steps."""
+    figure, (rate, speed) = make(rows=2, height=3.9, sharex=True)
+    steps = [row["step"] for row in training]
+    rate.plot(steps, [row["learning_rate"] for row in training], color=COLOURS[0], lw=1.6)
+    rate.set(ylabel="learning rate")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    thousands = [row["targets_per_second"] / 1000 for row in training]
+    speed.plot(steps, thousands, color=COLOURS[2], lw=1.2)
+    speed.set(xlabel="step", ylabel="k targets / s", ylim=(0, max(thousands) * 1.15))
+    return figure
+
+
+def reliability(calibration: Calibration) -> Figure:
+    """How often a code came, against the probability that was stated for it."""
+    figure, (axes,) = make(height=3.9)
+    axes.plot([1e-6, 1], [1e-6, 1], color=FAINT, lw=1, ls="--", label="perfectly calibrated")
+    some = calibration.came >= 5  # fewer say little about a rate
+    axes.plot(
+        calibration.stated[some], calibration.occurred[some], color=COLOURS[0], marker="o", ms=4
+    )
+    axes.set(
+        xscale="log", yscale="log", xlim=(1e-5, 1.3), ylim=(1e-5, 1.3),
+        xlabel="stated probability of a code", ylabel="share of such codes that came",
+    )  # fmt: skip
+    axes.legend(fontsize=9)
+    return figure
+
+
+def probability_histogram(calibration: Calibration) -> Figure:
+    """The probability that had been stated for the code that came."""
+    figure, (axes,) = make(height=3.9)
+    share = 100 * calibration.came / calibration.came.sum()
+    axes.bar(EDGES[:-1], share, np.diff(EDGES), align="edge", color=COLOURS[0], edgecolor="white")
+    axes.set(
+        xscale="log", xlabel="probability stated for the code that came", ylabel="% of samples"
+    )
+    return figure
+
+
+def excerpt(pcm: np.ndarray, bits: np.ndarray) -> Figure:
+    """Waveform, mel-spectrogram and the surprise of each sample, above each other."""
+    figure, (wave, mel, surprise) = make(
+        rows=3, height=5.2, sharex=True, gridspec_kw={"height_ratios": [1, 1.8, 1.2]}
+    )
+    seconds = np.arange(len(pcm)) / SAMPLE_RATE
+    wave.plot(seconds, pcm / 32768, color=INK, lw=0.3)
+    wave.set(ylabel="waveform")
+    padded = np.pad(pcm, FRAME_SAMPLES // 2)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, FRAME_SAMPLES)[:-1:HOP_SAMPLES]
+    extent = (0.0, len(pcm) / SAMPLE_RATE, 0.0, float(MELS))
+    power = mel_spectrogram(frames)
+    mel.imshow(
+        power, origin="lower", aspect="auto", extent=extent, vmin=power.max() - 70, cmap="magma"
+    )
+    mel.set(ylabel="mel band", xlim=(0, len(pcm) / SAMPLE_RATE))
+    mel.grid(False)
+    step = SAMPLE_RATE // 100
+    whole = len(bits) // step * step
+    stretches = bits[:whole].reshape(-1, step)
+    at = (np.arange(len(stretches)) + 0.5) * step / SAMPLE_RATE
+    low, high = np.quantile(stretches, [0.1, 0.9], axis=1)
+    surprise.fill_between(at, low, high, color=COLOURS[1], alpha=0.25, lw=0)
+    surprise.plot(at, stretches.mean(1), color=COLOURS[1], lw=1.1)
+    surprise.set(xlabel="seconds", ylabel="surprise (bits)")
+    surprise.set_ylim(bottom=0)
+    return figure
+
+
+def _smooth(values: Sequence[float], most: int = 25) -> np.ndarray:
+    """Means of the newest values, fewer at the start."""
+    sums = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(0, ends - most)
+    return (sums[ends] - sums[starts]) / (ends - starts)

@@ -1,0 +1,336 @@
+"""One HTML page about a run: `python -m patchwave_jax.report --workdir=DIR`.
+
+Measures the best checkpoint with the yardsticks beside it, and writes a single file that opens
+without a network: curves, tables, calibration, held-out audio with the model's surprise, and the
+clips in WORKDIR/samples and WORKDIR/generated (or `--generated=DIR`).
+"""
+
+import argparse
+import base64
+import dataclasses
+import importlib.metadata
+import io
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jinja2
+import numpy as np
+import soundfile as sf
+from matplotlib.figure import Figure
+
+import patchwave_jax
+from patchwave_jax import figures, measure, quantisers, reference, sliding
+from patchwave_jax.calibration import Calibration, calibrate
+from patchwave_jax.config import Config
+from patchwave_jax.data.audio import SAMPLE_RATE
+from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.evaluate import check_output, open_splits
+from patchwave_jax.measure import Targets
+from patchwave_jax.sliding import Evaluator
+from patchwave_jax.step import count_parameters
+from patchwave_jax.tally import LN2, MODEL, Tally
+
+EXCERPTS = 4
+EXCERPT_SECONDS = 6
+MOST_GENERATED = 24
+GENERATED_SECONDS = 30  # of each clip, at most
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
+
+
+def picture(figure: Figure, title: str, words: str = "", kind: str = "svg") -> dict[str, str]:
+    """A figure as the page shows it."""
+    content = io.BytesIO()
+    figures.save(figure, content, kind)
+    mime = "image/svg+xml" if kind == "svg" else f"image/{kind}"
+    image = _data_uri(mime, content.getvalue())
+    return {"title": title, "words": words, "image": image, "audio": ""}
+
+
+def _data_uri(mime: str, content: bytes) -> str:
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+
+
+def player(pcm: np.ndarray) -> str:
+    """16 kHz PCM as a WAV in a data URI."""
+    content = io.BytesIO()
+    sf.write(content, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return _data_uri("audio/wav", content.getvalue())
+
+
+def history(workdir: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of metrics.jsonl by their kind."""
+    path, rows = workdir / "metrics.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            rows.setdefault(row["kind"], []).append(row)
+        except (ValueError, KeyError):  # cut short by a kill
+            continue
+    return rows
+
+
+def excerpts(evaluator: Evaluator, params: Any, targets: Targets) -> Iterator[dict[str, str]]:
+    """Stretches of held-out audio with the surprise of every sample in them."""
+    config, size = evaluator.config, EXCERPT_SECONDS * SAMPLE_RATE
+    quantiser = quantisers.get(config.data.quantiser)
+    lengths = [clip.length for clip in targets.clips]
+    total = sum(lengths)
+    count = min(EXCERPTS, max(1, total // size))
+    for i in range(count):
+        place = int((i + 0.5) / count * total)
+        clip = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+        first = place - sum(lengths[:clip]) - size // 2
+        first = min(max(first, 0), max(lengths[clip] - size, 0))
+        end = min(first + size, lengths[clip])
+        windows = sliding.plan(lengths, config, targets.stride_patches)
+        windows = [w for w in windows if w.clip == clip and w.first < end and w.end > first]
+        bits = np.zeros(end - first)
+        for window, log_probs, _ in evaluator.score(params, targets.codes, windows):
+            low, high = max(window.first, first), min(window.end, end)
+            bits[low - first : high - first] = (
+                -log_probs[low - window.first : high - window.first] / LN2
+            )
+        pcm = quantiser.decode(targets.codes(clip)[first:end])
+        begin = targets.clips[clip].start + first
+        shown = picture(
+            figures.excerpt(pcm, bits),
+            targets.clips[clip].file,
+            f"from {begin / SAMPLE_RATE:.1f} s, mean {bits.mean():.3f} bits per sample",
+            "png",
+        )
+        yield shown | {"audio": player(pcm)}
+
+
+def generated(workdir: Path, extra: Path | None) -> list[dict[str, str]]:
+    """The clips that were generated, with what is known of them."""
+    folders = [extra] if extra else [workdir / "samples", workdir / "generated"]
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.wav"))]
+    clips = []
+    for path in [p for p in paths if not p.stem.endswith("_original")][:MOST_GENERATED]:
+        try:
+            pcm, rate = sf.read(path, frames=GENERATED_SECONDS * SAMPLE_RATE, dtype="int16")
+        except sf.SoundFileError as error:
+            raise UserError(f"{path} can't be read as audio ({error}); move it away") from error
+        words = [f"{sf.info(path).duration:.1f} s"]
+        about = path.with_suffix(".json")
+        if about.exists():
+            known = json.loads(about.read_text())
+            words += [
+                f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else
+                f"{name.replace('_', ' ')} {value}"
+                for name, value in known.items()
+                if isinstance(value, (str, int, float)) and value != ""
+            ]  # fmt: skip
+        if rate == SAMPLE_RATE and len(pcm):
+            title = str(path.relative_to(extra or workdir))
+            clips.append({"title": title, "words": ", ".join(words), "audio": player(pcm)})
+    return clips
+
+
+def file_rows(tally: Tally) -> list[dict[str, Any]]:
+    """The table per source file, all of them first, then the most surprising."""
+
+    def row(name: str, rows: list[Any]) -> dict[str, Any]:
+        low, high = rows[0].bits_low, rows[0].bits_high
+        return {
+            "file": name,
+            "minutes": f"{rows[0].targets / SAMPLE_RATE / 60:.2f}",
+            "bits": [f"{r.nll_bits:.3f}" for r in rows],
+            "interval": "" if low is None else f"{low:.3f} to {high:.3f}",
+        }
+
+    each = list(zip(*(tally.by_file(name) for name in tally.names), strict=True))
+    each.sort(key=lambda rows: -rows[0].nll_bits)
+    everything = row("all", [tally.total(name) for name in tally.names])
+    return [everything, *(row(rows[0].file, list(rows)) for rows in each)]
+
+
+def calibration_words(calibration: Calibration) -> str:
+    return (
+        f"Over {calibration.targets:,} samples, the likeliest code was given "
+        f"{calibration.top_stated:.1%} on average and came {calibration.top_right:.1%} of the "
+        f"time; {calibration.error:.2%} of the probability lies where it should not."
+    )
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def page(
+    workdir: Path,
+    *,
+    split_name: str = "validation",
+    step: int | None = None,
+    stride_patches: int | None = None,
+    max_targets: int = 0,
+    data_dir: str | None = None,
+    generated_dir: Path | None = None,
+) -> str:
+    """The whole report as HTML."""
+    evaluator, params, step = sliding.load(workdir, step)
+    config = evaluator.config
+    split, train_split = open_splits(config, data_dir, split_name)
+    targets = measure.choose_targets(
+        config, split, stride_patches=stride_patches, max_targets=max_targets
+    )
+    tally = measure.measure(evaluator, params, targets)
+    fitted = reference.fitted(workdir, train_split, config.data.quantiser)
+    measure.measure_yardsticks(fitted, targets, tally)
+    result = measure.result(tally, targets)
+    nats = {name: tally.total(name).nll_nats for name in tally.names if name != MODEL}
+    calibration = calibrate(evaluator, params, targets)
+    rows = history(workdir)
+    training = []
+    if rows.get("train"):
+        losses = figures.loss_curves(rows["train"], rows.get("validation", []), nats)
+        training = [
+            picture(losses, "Loss", "Dashed: predictors that need no network."),
+            picture(figures.rates(rows["train"]), "Learning rate and throughput"),
+        ]
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("patchwave_jax", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    ).get_template("report.html")
+    return template.render(
+        title=f"{workdir.resolve().name}: {split.dataset}, {config.objective} objective",
+        subtitle=f"{split.name} split, checkpoint of step {step:,}",
+        cards=cards(config, result, nats, params, rows),
+        verdict=_capital(reference.verdict(result.nll_nats, nats)),
+        good=result.nll_nats < min(nats.values()),
+        result=str(result),
+        expected=None,
+        training=training,
+        context=[
+            picture(
+                figures.context_curves({MODEL: tally}),
+                "Bits against the context that was available",
+                "Band: 95% interval. Each bin holds other targets; the yardsticks, on the same "
+                "ones, tell how hard they are.",
+            ),
+            picture(figures.position_curve(tally), "Bits against the position in the clip"),
+        ],
+        names=tally.names,
+        files=file_rows(tally),
+        interval_over=result.interval_over,
+        calibration_words=calibration_words(calibration),
+        calibration=[
+            picture(figures.reliability(calibration), "How often a code comes"),
+            picture(figures.probability_histogram(calibration), "Probability of what came"),
+        ],
+        excerpts=list(excerpts(evaluator, params, targets)),
+        generated=generated(workdir, generated_dir),
+        generate_command=commands(workdir)[-1],
+        commands="\n".join(commands(workdir)),
+        versions=versions(config, split.manifest_hash),
+        config=list(flat(dataclasses.asdict(config))),
+    )
+
+
+def cards(
+    config: Config,
+    result: measure.Result,
+    yardstick_nats: Mapping[str, float],
+    params: Any,
+    rows: Mapping[str, list[dict[str, Any]]],
+) -> list[tuple[str, str]]:
+    """The headline numbers, each with its label."""
+    interval = "bits per sample"
+    if result.bits_low is not None:
+        interval += f", 95% interval {result.bits_low:.3f} to {result.bits_high:.3f}"
+    best = min(yardstick_nats, key=lambda name: yardstick_nats[name])
+    shown = [
+        (f"{result.nll_bits:.3f}", interval),
+        (f"{result.nll_nats:.3f}", f"nats per sample, quantiser {result.quantiser}"),
+        (f"{yardstick_nats[best] / LN2:.3f}", f"bits of the best yardstick, {best}"),
+        (f"{result.targets:,}", "targets measured"),
+        (
+            f"{config.context_samples:,}",
+            f"samples of context, {config.context_samples / SAMPLE_RATE:.2f} s",
+        ),
+        (f"{count_parameters(params):,}", "parameters"),
+    ]
+    if rows.get("train"):
+        last = rows["train"][-1]
+        shown.append((f"{last['step']:,}", f"steps, {last['targets'] / 1e6:,.1f}M targets"))
+        shown.append((f"{last['minutes']:,.1f}", "minutes of training"))
+    return shown
+
+
+def commands(workdir: Path) -> list[str]:
+    """What leads to these numbers, and on from here."""
+    return [
+        f"python -m patchwave_jax.train --config=CONFIG.py --workdir={workdir}",
+        f"python -m patchwave_jax.evaluate --workdir={workdir} --split=test --yardsticks",
+        f"python -m patchwave_jax.score --workdir={workdir} FILE...",
+        f"python -m patchwave_jax.report --workdir={workdir}",
+        f"python -m patchwave_jax.generate --workdir={workdir} --seconds=10 --num=4 "
+        f"--out={workdir}/generated",
+    ]
+
+
+def versions(config: Config, manifest_hash: str) -> list[tuple[str, str]]:
+    device = jax.devices()[0]
+    return [
+        ("dataset", config.data.dataset),
+        ("manifest", manifest_hash[:16]),
+        ("patchwave_jax", patchwave_jax.__version__),
+        *((name, importlib.metadata.version(name)) for name in PACKAGES),
+        ("Python", platform.python_version()),
+        ("measured on", f"{jax.device_count()} x {device.device_kind}"),
+    ]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    """Parses the command line, measures, and writes the page."""
+    parser = argparse.ArgumentParser(
+        "python -m patchwave_jax.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", required=True, type=Path, help="the run's directory")
+    parser.add_argument("--out", type=Path, help="the page; default: WORKDIR/report.html")
+    parser.add_argument("--split", default="validation", help="train, validation or test")
+    parser.add_argument("--step", type=int, help="checkpoint; default: the best on validation")
+    parser.add_argument("--stride_patches", type=int, help="as for evaluate")
+    parser.add_argument(
+        "--max_targets", type=int, default=1_000_000, help="about so many, spread evenly; 0: all"
+    )
+    parser.add_argument("--generated", type=Path, metavar="DIR", help="where generated clips are")
+    parser.add_argument("--data_dir", help="where the dataset is; default: as in training")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    args = parser.parse_args(argv)
+    out = args.out or args.workdir / "report.html"
+    if args.workdir.is_dir():  # otherwise there are no checkpoints, which is said below
+        check_output(out, args.overwrite)
+    if args.generated and not args.generated.is_dir():
+        raise UserError(f"--generated={args.generated} is no folder")
+    html = page(
+        args.workdir,
+        split_name=args.split,
+        step=args.step,
+        stride_patches=args.stride_patches,
+        max_targets=args.max_targets,
+        data_dir=args.data_dir,
+        generated_dir=args.generated,
+    )
+    out.write_text(html, encoding="utf-8")
+    print(f"{out}: {len(html) / 1e6:.1f} MB, opens in any browser without a network")
+
+
+if __name__ == "__main__":
+    main()
