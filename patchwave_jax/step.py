@@ -88,7 +88,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a run compiles: `init` and `update`, both jitted with their shardings."""
+    """What a run compiles. `update` donates the state it is given."""
 
     config: Config
     mesh: Mesh
@@ -111,7 +111,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         )
     rows_each = train.batch_size // mesh.size
     rows_each = _largest_divisor(rows_each, train.micro_batch_size or rows_each)
-    rows = rows_each * mesh.size  # of a micro-batch
+    rows, count = rows_each * mesh.size, train.batch_size // (rows_each * mesh.size)
     graphdef, _ = graphdef_and_params(config)
     optimizer = make_optimizer(config)
     phase_chunk, chunk_patches = choose_chunks(config, rows_each, mesh.devices.flat[0])
@@ -129,21 +129,13 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         )
         return -log_probs.mean()
 
-    def update(state: State, codes: UInt8[Array, "B T"]) -> tuple[State, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-        # Row i of the batch goes to micro-batch i % count: each device keeps the rows it has.
-        micro = jnp.moveaxis(codes.reshape(rows, -1, codes.shape[1]), 1, 0)
-        keys = jax.random.split(key, micro.shape[0])
+    def accumulate(total: Any, params: Any, codes: Array, step: Array, index: int) -> Any:
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        piece = jax.value_and_grad(loss)(params, codes, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, piece)
 
-        def accumulate(total, piece):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(state["params"], *piece)), 0
-
-        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state["params"]))
-        if micro.shape[0] == 1:
-            nats, gradient = jax.value_and_grad(loss)(state["params"], micro[0], keys[0])
-        else:
-            total, _ = jax.lax.scan(accumulate, zero, (micro, keys))
-            nats, gradient = jax.tree.map(lambda x: x / micro.shape[0], total)
+    def apply(state: State, total: Any) -> tuple[State, dict[str, Array]]:
+        nats, gradient = jax.tree.map(lambda x: x / count, total)
         updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics = {"nll_nats": nats, "gradient_norm": optax.tree.norm(gradient)}
@@ -153,18 +145,34 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     abstract_state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(init)
     )
+    zeros = jax.jit(
+        lambda: jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), (jnp.float32(0), abstract_state["params"])
+        ),
+        out_shardings=everywhere,
+    )
+    shardings = (everywhere, everywhere, by_rows(mesh), everywhere, None)
+    accumulate = jax.jit(
+        accumulate, in_shardings=shardings, out_shardings=everywhere, donate_argnums=0
+    )
+    apply = jax.jit(apply, out_shardings=everywhere, donate_argnums=0)
+
+    def update(state: State, codes: UInt8[Array, "B T"]) -> tuple[State, dict[str, Array]]:
+        # A loop of the host's, for the reason given in `PatchWave.encode_segment`. Row i of the
+        # batch is in micro-batch i % count, so that each device keeps the rows it has.
+        total = zeros()
+        for index in range(count):
+            micro = codes.reshape(rows, count, -1)[:, index]
+            total = accumulate(total, state["params"], micro, state["step"], index)
+        return apply(state, total)
+
     return Step(
         config=config,
         mesh=mesh,
         graphdef=graphdef,
         abstract_state=abstract_state,
         init=jax.jit(init, out_shardings=everywhere),
-        update=jax.jit(
-            update,
-            in_shardings=(everywhere, by_rows(mesh)),
-            out_shardings=everywhere,
-            donate_argnums=0,
-        ),
+        update=update,
     )
 
 

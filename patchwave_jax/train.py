@@ -197,10 +197,15 @@ def require_finite(nats: float, gradient_norm: float, done: int, latest: int | N
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Within it, SIGTERM and Ctrl-C only make the yielded function say True."""
+    """Within it, a first SIGTERM or Ctrl-C only makes the yielded function say True."""
     received: list[int] = []
     signals = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(s, lambda number, _: received.append(number)) for s in signals]
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+
+    before = [signal.signal(number, note) for number in signals]
     try:
         yield lambda: bool(received)
     finally:
