@@ -98,7 +98,8 @@ class Incremental:
         for conv, dilation, reach in zip(
             model.encoder.convs, self._dilations, self._reaches[1:], strict=False
         ):
-            x = jax.nn.relu(convolve(x, conv.kernel[...], 1, dilation) + conv.bias[...])
+            bias = conv.bias[...].astype(x.dtype)
+            x = jax.nn.relu(convolve(x, conv.kernel[...], 1, dilation) + bias)
             layers.append(x[:, x.shape[1] - reach :])
         caches = state.caches
         if caches and patches:
@@ -209,7 +210,7 @@ class Incremental:
         encoder, skip, kept = model.encoder, None, []
         taps = encoder.inputs(recent[:, self._newest - self.config.kernel_size :])
         for number, conv in enumerate(encoder.convs, 1):
-            x = jax.nn.relu(_product(taps, conv.kernel[...]) + conv.bias[...])
+            x = jax.nn.relu(_product(taps, conv.kernel[...]) + conv.bias[...].astype(taps.dtype))
             if self.config.skip_connections:
                 skip = encoder.skips[number - 1](x) + (0 if skip is None else skip)
             dilation, earlier = self._dilations[number], self._kernels[number] - 1
