@@ -4,7 +4,8 @@ Prints nats and bits per sample with the quantiser, the number of targets, the c
 and a 95% interval; then the NLL against the context and per source file, with the yardsticks
 beside it where `--yardsticks` asks for them. The protocol is that of `patchwave_jax.sliding`:
 `--clip_samples=131072 --drop_last` on a model of the sashimi quantiser, with as much context, is
-that of the published YouTube-Mix numbers. Several `--workdir`, which may differ in context,
+that of the published YouTube-Mix numbers; a stride of the whole context shows best what context
+is worth. Several `--workdir`, which may differ in context,
 measure in turn and come into one figure.
 """
 

@@ -15,7 +15,7 @@ from patchwave_jax.calibration import EDGES, Calibration
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError
 from patchwave_jax.plots import FRAME_SAMPLES, HOP_SAMPLES, MELS, mel_spectrogram
-from patchwave_jax.tally import LN2, MODEL, Point, Tally
+from patchwave_jax.tally import LN2, MODEL, Point, Row, Tally
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2")
@@ -28,12 +28,13 @@ YARDSTICK_COLOURS = {
 }
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 10.5,
     "axes.edgecolor": FAINT,
     "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e4e7eb",
     "grid.linewidth": 0.8,
     "xtick.color": INK,
@@ -44,7 +45,7 @@ STYLE: dict[Any, Any] = {
 
 
 def make(
-    rows: int = 1, height: float = 3.6, width: float = 6.2, **kwargs
+    rows: int = 1, height: float = 3.6, width: float = 4.9, **kwargs
 ) -> tuple[Figure, list[Axes]]:
     """A figure of so many axes above each other, and they."""
     with matplotlib.rc_context(STYLE):
@@ -65,57 +66,65 @@ def save(figure: Figure, target: Path | io.BytesIO, kind: str | None = None) -> 
 def context_curves(tallies: Mapping[str, Tally]) -> Figure:
     """Bits against the available context, of one or several runs by label, with intervals.
 
-    The yardsticks of the last run are drawn where they were measured.
+    Bins that hold a single unit, whose level says little, are left out. The yardsticks of the
+    last run are drawn where they come near.
     """
     figure, (axes,) = make(height=3.9)
-    for (label, tally), colour in zip(tallies.items(), COLOURS * len(tallies), strict=False):
-        curve(axes, tally.by_context(), colour, label, log=True)
-    tally = list(tallies.values())[-1]
-    for name in tally.names:
-        if name != MODEL:
-            points = tally.by_context(name)
-            colour = YARDSTICK_COLOURS[name]
-            axes.plot(_across(points, True), _bits(points), "--", color=colour, lw=1.2, label=name)
+    curves = {label: _reliable(tally.by_context()) for label, tally in tallies.items()}
+    for (label, points), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
+        curve(axes, [max(point.mean, 1.0) for point in points], points, colour, label)
+    every = [point for points in curves.values() for point in points]
+    low = min(p.nll_bits if p.bits_low is None else p.bits_low for p in every)
+    high = max(p.nll_bits if p.bits_high is None else p.bits_high for p in every)
+    margin = 0.15 * (high - low) + 0.02
+    axes.set_ylim(max(0, low - margin), high + margin)
+    last = list(tallies.values())[-1]
+    for name in last.names:
+        points = _reliable(last.by_context(name))
+        bits = [point.nll_bits for point in points]
+        if name != MODEL and min(bits) < high + margin and max(bits) > low - margin:
+            x, colour = [max(point.mean, 1.0) for point in points], YARDSTICK_COLOURS[name]
+            axes.plot(x, bits, "--", color=colour, lw=1.2, label=name)
     axes.set(xlabel="context available to the prediction (samples)", ylabel="bits per sample")
-    context_axis(axes, max(int(t.context_max) for t in tallies.values()))
-    axes.legend(fontsize=8, ncols=2)
+    longest = max(tally.context_max for tally in tallies.values())
+    context_axis(axes, max(1, min(point.low for point in every)), longest)
+    axes.legend(fontsize=8)
     return figure
+
+
+def _reliable(points: Sequence[Point]) -> Sequence[Point]:
+    """Those of more than one unit; all, if no bin has as many."""
+    return [point for point in points if point.bits_low is not None] or points
 
 
 def position_curve(tally: Tally) -> Figure:
     """Bits against the position in the clip."""
     figure, (axes,) = make(height=3.9)
     points = tally.by_position()
-    seconds = [point.mean / SAMPLE_RATE for point in points]
-    axes.plot(seconds, _bits(points), color=COLOURS[0], marker="o", ms=2.5, lw=1.5)
+    curve(axes, [point.mean / SAMPLE_RATE for point in points], points, COLOURS[0])
     axes.set(xlabel="position in the clip (s)", ylabel="bits per sample")
     return figure
 
 
-def curve(axes: Axes, points: Sequence[Point], colour: str, label: str, log: bool) -> None:
+def curve(
+    axes: Axes, x: Sequence[float], points: Sequence[Row], colour: str, label: str | None = None
+) -> None:
     """A line through the bins with its interval as a band."""
-    x = _across(points, log)
-    axes.plot(x, _bits(points), color=colour, marker="o", ms=3, lw=1.8, label=label)
+    bits = [point.nll_bits for point in points]
+    axes.plot(x, bits, color=colour, marker="o", ms=3, lw=1.6, label=label)
     low = [math.nan if p.bits_low is None else p.bits_low for p in points]
     high = [math.nan if p.bits_high is None else p.bits_high for p in points]
     axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
 
 
-def context_axis(axes: Axes, longest: int) -> None:
-    """A log axis of samples, from none to `longest`, and the seconds they last above it."""
+def context_axis(axes: Axes, shortest: int, longest: int) -> None:
+    """A log axis of samples."""
     axes.set_xscale("log", base=2)
-    axes.set_xlim(0.8, longest * 1.3)
-    ticks = [1, *(4**k for k in range(2, 12) if 4**k < 0.6 * longest), longest]
+    axes.set_xlim(shortest / 1.1, longest * 1.15)
+    octaves = range(math.ceil(math.log2(shortest)), math.ceil(math.log2(longest / 1.4)))
+    ticks = [2**k for k in octaves[:: max(1, len(octaves) // 5)]] + [longest]
     axes.set_xticks(ticks, [_short(tick) for tick in ticks])
     axes.minorticks_off()
-
-
-def _across(points: Sequence[Point], log: bool) -> list[float]:
-    return [max(point.mean, 1.0) if log else point.mean for point in points]
-
-
-def _bits(points: Sequence[Point]) -> list[float]:
-    return [point.nll_bits for point in points]
 
 
 def _short(samples: int) -> str:
@@ -144,17 +153,21 @@ def loss_curves(
             lw=1.8,
             label="validation",
         )
+    top = 1.15 * float(np.quantile(bits, 0.98))
     for name, nats in yardsticks.items():
-        value = nats / LN2
-        axes.axhline(value, color=YARDSTICK_COLOURS[name], ls="--", lw=1.2)
-        place = (1.0, value)
-        axes.annotate(
-            f" {name}", place, xycoords=("axes fraction", "data"), fontsize=8, va="center",
-            color=YARDSTICK_COLOURS[name], annotation_clip=False,
-        )  # fmt: skip
-    top = max([*sorted(bits)[: max(1, len(bits) * 98 // 100)], 1.0])
-    axes.set(xlabel="step", ylabel="bits per sample", ylim=(0, min(top * 1.1, 10)))
-    axes.legend(loc="upper right", fontsize=9)
+        if (value := nats / LN2) < top:
+            colour = YARDSTICK_COLOURS[name]
+            axes.axhline(value, color=colour, ls="--", lw=1.2)
+            axes.annotate(
+                name,
+                (steps[0], value),
+                (0, 2),
+                textcoords="offset points",
+                fontsize=8,
+                color=colour,
+            )
+    axes.set(xlabel="step", ylabel="bits per sample", ylim=(0, top))
+    axes.legend(loc="lower right", fontsize=9, ncols=2)
     return figure
 
 

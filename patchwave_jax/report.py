@@ -23,7 +23,7 @@ import soundfile as sf
 from matplotlib.figure import Figure
 
 import patchwave_jax
-from patchwave_jax import figures, measure, quantisers, reference, sliding
+from patchwave_jax import expected, figures, measure, quantisers, reference, sliding
 from patchwave_jax.calibration import Calibration, calibrate
 from patchwave_jax.config import Config
 from patchwave_jax.data.audio import SAMPLE_RATE
@@ -98,8 +98,8 @@ def excerpts(evaluator: Evaluator, params: Any, targets: Targets) -> Iterator[di
         begin = targets.clips[clip].start + first
         shown = picture(
             figures.excerpt(pcm, bits),
-            targets.clips[clip].file,
-            f"from {begin / SAMPLE_RATE:.1f} s, mean {bits.mean():.3f} bits per sample",
+            f"{targets.clips[clip].file}, from {begin / SAMPLE_RATE:.1f} s",
+            f"{bits.mean():.3f} bits per sample",
             "png",
         )
         yield shown | {"audio": player(pcm)}
@@ -187,6 +187,11 @@ def page(
     measure.measure_yardsticks(fitted, targets, tally)
     result = measure.result(tally, targets)
     nats = {name: tally.total(name).nll_nats for name in tally.names if name != MODEL}
+    grown = measure.choose_targets(
+        config, split, stride_patches=config.patches, max_targets=max_targets
+    )
+    growing = measure.measure(evaluator, params, grown)
+    measure.measure_yardsticks(fitted, grown, growing)
     calibration = calibrate(evaluator, params, targets)
     rows = history(workdir)
     training = []
@@ -208,14 +213,14 @@ def page(
         verdict=_capital(reference.verdict(result.nll_nats, nats)),
         good=result.nll_nats < min(nats.values()),
         result=str(result),
-        expected=None,
+        expected=expectation(config, split.manifest_hash, rows),
         training=training,
         context=[
             picture(
-                figures.context_curves({MODEL: tally}),
+                figures.context_curves({MODEL: growing}),
                 "Bits against the context that was available",
-                "Band: 95% interval. Each bin holds other targets; the yardsticks, on the same "
-                "ones, tell how hard they are.",
+                f"Every window of {config.context_samples:,} samples from scratch. Band: 95% "
+                "interval, mostly of how hard the targets of a point are: each has its own.",
             ),
             picture(figures.position_curve(tally), "Bits against the position in the clip"),
         ],
@@ -234,6 +239,18 @@ def page(
         versions=versions(config, split.manifest_hash),
         config=list(flat(dataclasses.asdict(config))),
     )
+
+
+def expectation(
+    config: Config, manifest_hash: str, rows: Mapping[str, list[dict[str, Any]]]
+) -> str | None:
+    """How the newest validation compares with a known run of the same configuration and data."""
+    known = expected.matching(config, manifest_hash)
+    if known is None or not rows.get("validation"):
+        return None
+    last = rows["validation"][-1]
+    words = expected.compare(known, last["step"], last["nll_bits"])
+    return words and _capital(words)
 
 
 def cards(

@@ -1,0 +1,172 @@
+"""What to expect: validation bits after so many steps, from runs that were done before.
+
+    python -m patchwave_jax.expected --workdir=DIR --name=demo   # a run becomes a record
+    python -m patchwave_jax.expected                             # the table of all records
+
+Records come with the package, in `expected_runs/NAME.json`. A run is compared with a record if
+what is learned from what is the same: the network, the recipe, the data and its manifest.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import patchwave_jax
+from patchwave_jax.checkpoint import Checkpoints
+from patchwave_jax.config import Config
+from patchwave_jax.errors import UserError, exits_cleanly
+
+FOLDER = "expected_runs"
+ROWS = 8  # of the table for each run, at most
+TOLERANCE_BITS = 0.15  # two runs of one recipe on different machines differ by far less
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """One run: its validations, in order."""
+
+    name: str
+    hardware: str
+    code_version: str
+    manifest_hash: str
+    config: dict[str, Any]  # see `essence`
+    steps: tuple[int, ...]
+    minutes: tuple[float, ...]
+    validation_bits: tuple[float, ...]
+    quantiser: str
+
+    def at(self, step: int) -> tuple[float, float] | None:
+        """`(bits, minutes)` after `step`, if it was validated then."""
+        if step not in self.steps:
+            return None
+        i = self.steps.index(step)
+        return self.validation_bits[i], self.minutes[i]
+
+
+def essence(config: Config) -> dict[str, Any]:
+    """What decides the loss curve: everything but places and pace."""
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))
+    del tree["run"], tree["data"]["data_dir"], tree["train"]["micro_batch_size"]
+    return tree
+
+
+def record(workdir: Path, name: str) -> Expected:
+    """The record of the run in `workdir`.
+
+    Raises:
+      UserError: if it holds no checkpoints or was never validated.
+    """
+    with Checkpoints(workdir) as checkpoints:
+        stored = checkpoints.record(checkpoints.choose(None))
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [row for row in map(json.loads, lines) if row["kind"] == "validation"]
+    if not rows:
+        raise UserError(f"{path} holds no validation; train with a lower run.eval_every_steps")
+    device = jax.devices()[0]
+    return Expected(
+        name=name,
+        hardware=f"{jax.device_count()} x {device.device_kind}",
+        code_version=patchwave_jax.__version__,
+        manifest_hash=stored.manifest_hash,
+        config=essence(stored.config),
+        steps=tuple(row["step"] for row in rows),
+        minutes=tuple(round(row["minutes"], 2) for row in rows),
+        validation_bits=tuple(round(row["nll_bits"], 4) for row in rows),
+        quantiser=stored.config.data.quantiser,
+    )
+
+
+def records(folder: Path | None = None) -> list[Expected]:
+    """All records that come with the package, by name."""
+    place = folder or resources.files("patchwave_jax") / FOLDER
+    if not place.is_dir():
+        return []
+    files = sorted((f for f in place.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
+    found = []
+    for file in files:
+        fields = json.loads(file.read_text())
+        for name in ("steps", "minutes", "validation_bits"):
+            fields[name] = tuple(fields[name])
+        found.append(Expected(**fields))
+    return found
+
+
+def matching(
+    config: Config, manifest_hash: str, known: Sequence[Expected] | None = None
+) -> Expected | None:
+    """The record of a run with this configuration on this data, if there is one."""
+    for expected in records() if known is None else known:
+        if expected.manifest_hash == manifest_hash and expected.config == essence(config):
+            return expected
+    return None
+
+
+def compare(expected: Expected, step: int, bits: float) -> str | None:
+    """How a validation after `step` compares, in one sentence; None where nothing is known."""
+    known = expected.at(step)
+    if known is None:
+        return None
+    words = f"expected after step {step}: {known[0]:.4f} bits ({expected.name})"
+    if abs(bits - known[0]) <= TOLERANCE_BITS:
+        return f"{words}; this run is on track with {bits:.4f}"
+    worse = bits > known[0]
+    return (
+        f"{words}; this run has {bits:.4f}, {abs(bits - known[0]):.2f} bits "
+        f"{'WORSE: something is different' if worse else 'better'}"
+    )
+
+
+def table(known: Sequence[Expected]) -> str:
+    """Markdown: validation bits after steps and minutes."""
+    lines = ["| run | hardware | step | minutes | validation bits |", "|---|---|--:|--:|--:|"]
+    for expected in known:
+        count = len(expected.steps)
+        chosen = sorted({round(i * (count - 1) / max(1, ROWS - 1)) for i in range(ROWS)})
+        for i in chosen:
+            lines.append(
+                f"| {expected.name} | {expected.hardware} | {expected.steps[i]:,} "
+                f"| {expected.minutes[i]:.1f} | {expected.validation_bits[i]:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    """Makes a record, or prints the table of those there are."""
+    parser = argparse.ArgumentParser(
+        "python -m patchwave_jax.expected",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", type=Path, help="a finished run to make a record of")
+    parser.add_argument("--name", help="what to call it")
+    parser.add_argument("--hardware", help="what it ran on; default: this machine")
+    parser.add_argument("--out", type=Path, help="folder of records; default: the package's")
+    parser.add_argument("--overwrite", action="store_true", help="replace a record")
+    args = parser.parse_args(argv)
+    folder = args.out or Path(str(resources.files("patchwave_jax") / FOLDER))
+    if args.workdir is None:
+        print(table(records(args.out)))
+        return
+    if not args.name:
+        raise UserError("--name is missing: what the record is called")
+    path = folder / f"{args.name}.json"
+    if path.exists() and not args.overwrite:
+        raise UserError(f"{path} exists; give --overwrite to replace it, or another --name")
+    made = record(args.workdir, args.name)
+    if args.hardware:
+        made = dataclasses.replace(made, hardware=args.hardware)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dataclasses.asdict(made), indent=1) + "\n")
+    print(f"wrote {path}\n\n{table([made])}")
+
+
+if __name__ == "__main__":
+    main()
