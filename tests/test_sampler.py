@@ -1,4 +1,4 @@
-"""The cached sampler: against the patch form across slides, its draws, resuming, a trained model."""
+"""The cached sampler: against the patch form across slides, its draws, resuming, a small model."""
 
 import dataclasses
 
