@@ -92,6 +92,17 @@ def context_curves(tallies: Mapping[str, Tally]) -> Figure:
     return figure
 
 
+def shortage_curve(tally: Tally) -> Figure:
+    """What a short context costs, against that context (see `measure.measure_shortage`)."""
+    figure, (axes,) = make(height=3.9)
+    points = _reliable(tally.by_context())
+    axes.axhline(0, color=FAINT, lw=1)
+    curve(axes, [point.mean for point in points], points, COLOURS[0])
+    axes.set(xlabel="context available to the prediction (samples)", ylabel="extra bits per sample")
+    context_axis(axes, points[0].low, tally.context_max)
+    return figure
+
+
 def _reliable(points: Sequence[Point]) -> Sequence[Point]:
     """Those of more than one unit; all, if no bin has as many."""
     return [point for point in points if point.bits_low is not None] or points

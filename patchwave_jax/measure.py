@@ -159,6 +159,36 @@ def measure_yardsticks(
     return tally
 
 
+def measure_shortage(evaluator: Evaluator, params: Any, growing: Targets) -> Tally | None:
+    """What a short context costs, by context: both predictions are of the very same targets.
+
+    `growing` has windows of the whole context from scratch (stride N). The tally holds, for each
+    of their targets that has a whole context behind it, what -log p loses when the context grows
+    to at least half of the whole. None if there is no such target.
+    """
+    config, size = growing.config, growing.config.model.patch_samples
+    stride = config.patches // 2
+    short = [window for window in growing.windows if window.first > 0]
+    if not short or stride == 0:
+        return None
+    long = [
+        Window(w.clip, first, min(first + stride * size, w.end), config.patches, stride)
+        for w in short
+        for first in range(w.first, w.end, stride * size)
+    ]
+    known: dict[tuple[int, int], np.ndarray] = {}
+    for item in _with_bar(evaluator.score(params, growing.codes, short), len(short), "windows"):
+        known[item.window.clip, item.window.first] = item.log_probs
+    tally, span = growing.tally(), config.context_samples
+    for item in _with_bar(evaluator.score(params, growing.codes, long), len(long), "windows"):
+        clip, first, end, *_ = item.window
+        begin = first // span * span  # of the short window: they follow each other
+        log_probs = known[clip, begin][first - begin : end - begin]
+        contexts = (np.arange(first - begin, end - begin) // size + 1) * size
+        tally.add(clip, first, contexts, log_probs - item.log_probs)
+    return tally
+
+
 def yardstick_log_probs(
     yardsticks: Yardsticks, codes: Any, first: int, end: int, names: Sequence[str] = NAMES
 ) -> dict[str, Float32[np.ndarray, " n"]]:

@@ -2,14 +2,16 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import soundfile as sf
 from conftest import SMALL
+from flax import nnx
 
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
 from patchwave_jax.data.build import build
-from patchwave_jax.step import make_mesh, make_step
+from patchwave_jax.step import make_model
 
 SIZE, PATCHES = SMALL.patch_samples, 4
 
@@ -29,10 +31,11 @@ def make_config(data_dir, **changes) -> Config:
 
 def make_run(directory, config: Config) -> str:
     """A working directory with one checkpoint of an untrained model."""
+    params = nnx.state(make_model(config, nnx.Rngs(config.seed)))
     with Checkpoints(directory, keep=1) as checkpoints:
         checkpoints.save(
             3,
-            make_step(config, make_mesh()).init(),
+            {"params": params, "opt_state": {"count": jnp.int32(3)}, "step": jnp.int32(3)},
             config=config,
             manifest_hash="",
             best_nats=None,

@@ -184,6 +184,33 @@ def test_any_mesh_gives_the_same_result(run, data_dir):
     assert results[0].bits_low == pytest.approx(results[1].bits_low, rel=1e-6)
 
 
+def test_what_a_short_context_costs_is_measured_on_the_same_targets(run, data_dir):
+    """The difference of two evaluations, sample by sample."""
+    evaluator, params, _ = sliding.load(run)
+    config = evaluator.config
+    split = open_split(data_dir, "audio_folder", "test")
+    growing = measure.choose_targets(config, split, stride_patches=PATCHES)
+    table = measure.measure_shortage(evaluator, params, growing)
+    assert table is not None
+    codes, log_probs = growing.codes(0), {}
+    for stride in (PATCHES, PATCHES // 2):
+        log_probs[stride] = np.empty(codes.size)
+        windows = sliding.plan([codes.size], config, stride)
+        for window, values, _ in evaluator.score(params, lambda _: codes, windows):
+            log_probs[stride][window.first : window.end] = values
+    whole = PATCHES * SIZE
+    lost = (log_probs[PATCHES // 2] - log_probs[PATCHES])[whole:]
+    assert table.total().targets == lost.size
+    assert table.total().nll_nats == pytest.approx(lost.mean(), rel=1e-3, abs=1e-6)
+    contexts = np.arange(lost.size) % whole // SIZE * SIZE + SIZE
+    for point in table.by_context():
+        inside = (point.low <= contexts) & (contexts < point.high)
+        assert point.nll_nats == pytest.approx(lost[inside].mean(), rel=1e-3, abs=1e-6)
+    least = table.by_context()[0]
+    assert least.low <= SIZE < least.high
+    assert abs(least.nll_nats) > 1e-4
+
+
 # Yardsticks.
 
 
