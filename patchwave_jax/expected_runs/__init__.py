@@ -1,0 +1,1 @@
+"""Records of runs; `patchwave_jax.expected` makes and reads them."""
