@@ -1,10 +1,16 @@
 """A small model on the embedded piano, in minutes on a laptop.
 
-    python -m patchwave_jax.train --config=configs/demo.py
+python -m patchwave_jax.train --config=configs/demo.py
 """
 
-from patchwave_jax.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
-from patchwave_jax.config import to_config_dict
+from patchwave_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    to_config_dict,
+)
 
 
 def get_config(arg: str = ""):

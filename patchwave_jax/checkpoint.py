@@ -49,11 +49,12 @@ class Checkpoints:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        policies = [_policies.LatestN(keep), best]
+        kept: Any = _policies.AnyPreservationPolicy([_policies.LatestN(keep), best])
+        always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=_policies.AnyPreservationPolicy(policies),
+            os.fspath(self.directory),  # pyright: ignore[reportArgumentType]
+            save_decision_policy=always,
+            preservation_policy=kept,
             cleanup_tmp_directories=keep is not None,
         )
 
@@ -75,8 +76,9 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """The step with the lowest validation NLL, or None if none was validated."""
-        scored = [c for c in self._checkpointer.checkpoints if c.metrics]
-        return min(scored, key=lambda c: c.metrics[METRIC]).step if scored else None
+        scored: dict[int, Any] = {c.step: c.metrics for c in self._checkpointer.checkpoints}
+        nats = {step: metrics[METRIC] for step, metrics in scored.items() if metrics}
+        return min(nats, key=nats.__getitem__, default=None)
 
     def choose(self, step: int | None) -> int:
         """`step` if it exists; None is the best, or the newest where none was validated."""
@@ -118,7 +120,7 @@ class Checkpoints:
 
     def record(self, step: int) -> Record:
         """What the checkpoint of `step` says of itself."""
-        stored = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        stored: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
         if not isinstance(stored, dict) or "config" not in stored:
             raise UserError(f"{self.directory / str(step)} was not written by patchwave_jax")
         return Record(**{**stored, "config": from_config_dict(stored["config"])})

@@ -70,7 +70,7 @@ class DataConfig:
     dataset: str = "youtube_mix"  # youtube_mix, maestro, audio_folder or piano_demo
     data_dir: str = ""  # where datasets are built; empty: $PATCHWAVE_DATA_DIR or the user's cache
     quantiser: str = "mulaw"  # mulaw, linear or sashimi
-    distinct_positions: int = 10_000_000  # windows of one epoch, fixed by the seed; 0: all there are
+    distinct_positions: int = 10_000_000  # windows of one epoch, fixed by the seed; 0: all
     gain_db: float = 0.0  # augmentation: gain, uniform in +- this
     pitch_semitones: float = 0.0  # augmentation: pitch by resampling, uniform in +- this
 
@@ -91,7 +91,7 @@ class TrainConfig:
     beta2: float = 0.999
     weight_decay: float = 0.0
     clip_norm: float = 0.0  # global gradient norm; 0: no clipping
-    patience_evals: int = 10  # stop after so many validations without a gain past decay_steps; 0: no
+    patience_evals: int = 10  # stop after so many validations without a gain past decay_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,9 +206,10 @@ def _check(config: Config) -> None:
                 if isinstance(item, bool) or not isinstance(item, (int, float)):
                     continue
                 least = 0 if isinstance(item, float) or field.name in zero_allowed else 1
-                require(item >= least, section + field.name, f"must be at least {least}, got {item}")
-            if field.name.endswith("_dropout"):
-                require(value < 1, section + field.name, f"must be below 1, got {value}")
+                name = section + field.name
+                require(item >= least, name, f"must be at least {least}, got {item}")
+                if name.endswith("_dropout"):
+                    require(item < 1, name, f"must be below 1, got {item}")
     require(0 <= config.seed < 2**31, "seed", f"must be in [0, 2**31), got {config.seed}")
 
     require(model.width % 2 == 0, "model.width", f"must be even, got {model.width}")
@@ -220,7 +221,7 @@ def _check(config: Config) -> None:
     require(
         model.final_frames >= 1,
         "model.patch_samples",
-        f"{model.patch_samples} is too short for strides {model.strides}, kernel {model.kernel_size}",
+        f"{model.patch_samples} is too short for model.strides {model.strides}",
     )
     require(
         model.predictor_taps <= model.patch_samples,

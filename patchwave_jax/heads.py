@@ -22,13 +22,16 @@ class Softmax(nnx.Module):
         self.linear = nnx.Linear(hidden, quantisers.NUM_CODES, dtype=dtype, rngs=rngs)
 
     def logits(
-        self, hidden: Float[Array, "*shape F"], prediction: None
+        self, hidden: Float[Array, "*shape F"], prediction: Array | None
     ) -> Float32[Array, "*shape 256"]:
         """Unnormalised log-probabilities of all codes."""
         return self.linear(hidden).astype(jnp.float32)
 
     def log_prob(
-        self, hidden: Float[Array, "*shape F"], prediction: None, codes: UInt8[Array, "*shape"]
+        self,
+        hidden: Float[Array, "*shape F"],
+        prediction: Array | None,
+        codes: UInt8[Array, "*shape"],
     ) -> Float32[Array, "*shape"]:
         """Log-probability of `codes`, in nats."""
         logits = self.logits(hidden, prediction)
@@ -36,7 +39,7 @@ class Softmax(nnx.Module):
         return chosen - jax.nn.logsumexp(logits, -1)
 
     def drawing_logits(
-        self, hidden: Float[Array, "*shape F"], prediction: None
+        self, hidden: Float[Array, "*shape F"], prediction: Array | None
     ) -> Float32[Array, "*shape 256"]:
         """The same, as a code is drawn from them."""
         return self.logits(hidden, prediction)
@@ -66,11 +69,12 @@ class LogisticMixture(nnx.Module):
         self.linear = nnx.Linear(hidden, 3 * components, kernel_init=small, dtype=dtype, rngs=rngs)
         spread = np.zeros((components, 3), np.float32)
         spread[:, 2] = np.linspace(-2, 1, components)
+        assert self.linear.bias is not None
         self.linear.bias[...] = jnp.asarray(spread.reshape(-1))
         self.predictor = nnx.Param(jnp.zeros(taps).at[-1].set(1.0))  # oldest sample first
         self.log_scale = nnx.Param(jnp.float32(-5.0))
 
-    def start_from(self, predictor: Float32[np.ndarray, "taps"], scale: float) -> None:
+    def start_from(self, predictor: Float32[np.ndarray, " taps"], scale: float) -> None:
         """Sets the linear predictor and the scale of its error (full scale 1) before training."""
         self.predictor[...] = jnp.asarray(predictor, jnp.float32)
         self.log_scale[...] = jnp.float32(np.log(scale))
@@ -83,7 +87,7 @@ class LogisticMixture(nnx.Module):
     def log_prob(
         self,
         hidden: Float[Array, "*shape F"],
-        prediction: Float32[Array, "*shape"],
+        prediction: Array | None,
         codes: UInt8[Array, "*shape"],
     ) -> Float32[Array, "*shape"]:
         """Log-probability of `codes`, in nats."""
@@ -95,7 +99,7 @@ class LogisticMixture(nnx.Module):
         return jax.nn.logsumexp(weights + mass, -1)
 
     def logits(
-        self, hidden: Float[Array, "*shape F"], prediction: Float32[Array, "*shape"]
+        self, hidden: Float[Array, "*shape F"], prediction: Array | None
     ) -> Float32[Array, "*shape 256"]:
         """Log-probabilities of all codes (they are normalised)."""
         edges = jnp.asarray(quantisers.get(self.quantiser).edges)
@@ -105,7 +109,7 @@ class LogisticMixture(nnx.Module):
         return jax.nn.logsumexp(weights + mass, -1)
 
     def drawing_logits(
-        self, hidden: Float[Array, "*shape F"], prediction: Float32[Array, "*shape"]
+        self, hidden: Float[Array, "*shape F"], prediction: Array | None
     ) -> Float32[Array, "*shape 256"]:
         """The same from masses, not their logarithms: many times as fast on CPUs.
 
@@ -120,7 +124,8 @@ class LogisticMixture(nnx.Module):
         mass = jax.nn.sigmoid(at[..., 1:]) * jax.nn.sigmoid(-at[..., :-1]) * -jnp.expm1(-width)
         return jnp.log((jnp.exp(weights) * mass).sum(-2))
 
-    def _mixture(self, hidden, prediction):
+    def _mixture(self, hidden: Array, prediction: Array | None):
+        assert prediction is not None
         raw = self.linear(hidden).astype(jnp.float32)
         weights, offsets, log_scales = jnp.moveaxis(
             raw.reshape(*raw.shape[:-1], self.components, 3), -1, 0
@@ -146,9 +151,7 @@ def _log_bin_mass(low, high, index, means, log_scales):
     return upper + lower + jnp.where(closed, jnp.log(-jnp.expm1(-width)), 0.0)
 
 
-def _correlate(
-    x: Float32[Array, "B T"], taps: Float32[Array, "K"]
-) -> Float32[Array, "B T-K+1"]:
+def _correlate(x: Float32[Array, "B T"], taps: Float32[Array, " K"]) -> Float32[Array, "B T-K+1"]:
     """y[t] = sum_k taps[k] x[t+k], as products of blocks of K outputs with a Toeplitz matrix."""
     k, outputs = taps.shape[0], x.shape[1] - taps.shape[0] + 1
     blocks = -(-outputs // k)

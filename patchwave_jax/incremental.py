@@ -27,9 +27,11 @@ from jaxtyping import Array, Float, UInt8
 
 from patchwave_jax import quantisers
 from patchwave_jax.config import Config
+from patchwave_jax.encoder import convolve
 from patchwave_jax.heads import LogisticMixture
-from patchwave_jax.model import PatchWave, attend, convolve, positions
+from patchwave_jax.model import PatchWave
 from patchwave_jax.step import graphdef_and_params
+from patchwave_jax.transformer import attend, positions
 
 PRIME_BYTES = 2.5e8  # about what priming holds at once, besides the state
 

@@ -15,8 +15,7 @@ Dimensions: `B` batch, `T` samples, `P` samples per patch, `N` patches, `D` widt
 `K` head size, `F` hidden, `V` 256 codes, `M` sequences (batch times phases).
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -28,9 +27,10 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from patchwave_jax import quantisers
 from patchwave_jax.config import ModelConfig
+from patchwave_jax.encoder import Encoder
 from patchwave_jax.heads import LogisticMixture, Softmax
-
-Key = Array | None  # a dropout key; None is deterministic
+from patchwave_jax.layers import Key, split
+from patchwave_jax.transformer import Block, positions
 
 
 class Encoded(NamedTuple):
@@ -39,181 +39,6 @@ class Encoded(NamedTuple):
     tokens: Float[Array, "*shape D"]
     skip: Float[Array, "*shape D"] | None  # with `skip_connections`
     prediction: Float32[Array, "*shape"] | None  # with the logistic mixture
-
-
-class Encoder(nnx.Module):
-    """Strided convolutions and one linear layer: a patch's samples to a vector."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        dtype = jnp.dtype(config.compute_dtype)
-        features = config.embedding_width if config.input == "embedding" else 1
-        if config.input == "embedding":
-            self.embed = nnx.Embed(quantisers.NUM_CODES, features, dtype=dtype, rngs=rngs)
-        he = nnx.initializers.he_normal()
-        convs, skips = [], []
-        for filters in config.filters:
-            convs.append(
-                nnx.Conv(
-                    features, filters, config.kernel_size, kernel_init=he, dtype=dtype, rngs=rngs
-                )
-            )
-            skips.append(nnx.Linear(filters, config.width, use_bias=False, dtype=dtype, rngs=rngs))
-            features = filters
-        self.convs = nnx.List(convs)
-        if config.skip_connections:
-            self.skips = nnx.List(skips)
-        self.linear = nnx.Linear(
-            config.final_frames * features, config.width, dtype=dtype, rngs=rngs
-        )
-        self.dropout = nnx.Dropout(config.conv_dropout)
-
-    def inputs(self, codes: UInt8[Array, "B T"]) -> Float[Array, "B T C"]:
-        """Codes as the companded waveform in [-1, 1), or embedded."""
-        if self.config.input == "embedding":
-            return self.embed(codes.astype(jnp.int32))
-        scaled = (codes.astype(jnp.float32) - quantisers.SILENCE) / quantisers.SILENCE
-        return scaled[..., None].astype(self.config.compute_dtype)
-
-    def __call__(
-        self, codes: UInt8[Array, "B T"], hop: int, count: int, key: Key = None
-    ) -> tuple[Float[Array, "B n D"], Float[Array, "B n D"] | None]:
-        """Encodes the `count` patches that end `hop` samples apart, the last at the last sample.
-
-        `hop = 0` encodes one patch with its strides (the patch form). Otherwise layer l, whose
-        cumulative stride is S, needs its features on a grid of gcd(S, hop) samples only.
-        """
-        config = self.config
-        need = config.receptive_field + max(count - 1, 0) * hop
-        x, skip, grid = self.inputs(codes[:, codes.shape[1] - need :]), None, 1
-        keys = _split(key, len(self.convs))
-        for i, conv in enumerate(self.convs):
-            before, after = math.prod(config.strides[:i]), math.prod(config.strides[: i + 1])
-            if hop:
-                finer = math.gcd(after, hop)
-                stride, dilation = finer // grid, before // grid
-                grid = finer
-            else:
-                stride, dilation = config.strides[i], 1
-            bias = conv.bias[...].astype(x.dtype)
-            x = jax.nn.relu(convolve(x, conv.kernel[...], stride, dilation) + bias)
-            x = self.dropout(x, deterministic=key is None, rngs=keys[i])
-            if config.skip_connections:
-                step = hop // grid if hop else 1
-                newest = x[:, x.shape[1] - 1 - (count - 1) * step :: step]
-                skip = self.skips[i](newest) + (0 if skip is None else skip)
-        kernel = self.linear.kernel[...].reshape(config.final_frames, -1, config.width)
-        dilation = math.prod(config.strides) // grid if hop else 1
-        tokens = convolve(x, kernel, max(hop // grid, 1), dilation) + self.linear.bias[...]
-        return tokens.astype(x.dtype), skip
-
-
-def convolve(x, kernel, stride: int, dilation: int):
-    """A convolution without padding: [B, T, C] with [k, C, F]."""
-    kernel = kernel.astype(x.dtype)
-    if stride > 1 and dilation == 1:
-        # The same sums over blocks of `stride` samples: a stride's backward pass is slow on CPUs.
-        taps, channels, filters = kernel.shape
-        outputs, blocks = (x.shape[1] - taps) // stride + 1, -(-taps // stride)
-        length = (outputs + blocks - 1) * stride
-        x = jnp.pad(x, ((0, 0), (0, max(0, length - x.shape[1])), (0, 0)))[:, :length]
-        x = x.reshape(x.shape[0], -1, stride * channels)
-        kernel = jnp.pad(kernel, ((0, blocks * stride - taps), (0, 0), (0, 0)))
-        kernel, stride = kernel.reshape(blocks, stride * channels, filters), 1
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride,),
-        "VALID",
-        rhs_dilation=(dilation,),
-        dimension_numbers=("NWC", "WIO", "NWC"),
-    )
-
-
-class Attention(nnx.Module):
-    """Multi-head attention whose products per head are folded into two D x D matrices.
-
-    q.k = (Wq x + bq).(Wk y + bk) = (x Wq' Wk + bq' Wk) y + what is the same for every y and
-    cancels in the softmax; and Wo Wv likewise, where the value bias passes as a constant. Exact,
-    half the work of the plain form when K = D, and the keys and values are the tokens themselves.
-    """
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        inner = config.num_heads * config.head_size
-        self.query = nnx.Linear(config.width, inner, rngs=rngs)
-        self.key = nnx.Linear(config.width, inner, rngs=rngs)
-        self.value = nnx.Linear(config.width, inner, rngs=rngs)
-        self.output = nnx.Linear(inner, config.width, rngs=rngs)
-
-    def folded(self) -> tuple[Array, Array, Array, Array]:
-        """`(A [D, H, D], a [H, D], C [H, D, D], c [D])`: scores (x A + a) y, output (mix C) + c."""
-        width, heads = self.config.width, (self.config.num_heads, self.config.head_size)
-        dtype = jnp.dtype(self.config.compute_dtype)
-        query = self.query.kernel[...].reshape(width, *heads)
-        key = self.key.kernel[...].reshape(width, *heads)
-        value = self.value.kernel[...].reshape(width, *heads)
-        output = self.output.kernel[...].reshape(*heads, width)
-        scale = 1 / math.sqrt(self.config.head_size)
-        score = jnp.einsum("dhk,ehk->dhe", query, key) * scale
-        score_bias = jnp.einsum("hk,ehk->he", self.query.bias[...].reshape(heads), key) * scale
-        mix = jnp.einsum("dhk,hke->hde", value, output)
-        bias = self.value.bias[...] @ self.output.kernel[...] + self.output.bias[...]
-        return score.astype(dtype), score_bias.astype(dtype), mix.astype(dtype), bias.astype(dtype)
-
-    def __call__(
-        self, x: Float[Array, "M N D"], mask: np.ndarray | Array | None
-    ) -> Float[Array, "M N D"]:
-        """Attends within each sequence; `mask` [N, N] is true where a query may look."""
-        return attend(self.folded(), x, x, mask)
-
-
-def attend(
-    folded: tuple[Array, Array, Array, Array],
-    x: Float[Array, "M n D"],
-    keys: Float[Array, "M N D"],
-    mask: np.ndarray | Array | None,
-) -> Float[Array, "M n D"]:
-    """Folded attention of `x` to `keys`; `mask` [n, N] is true where a query may look."""
-    score, score_bias, mix, bias = folded
-    queries = jnp.einsum("mnd,dhe->mnhe", x, score) + score_bias
-    scores = jnp.einsum("mnhe,mke->mnhk", queries, keys).astype(jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask[:, None, :], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores).astype(x.dtype)
-    mixed = jnp.einsum("mnhk,mkd->mnhd", weights, keys)
-    return jnp.einsum("mnhd,hde->mne", mixed, mix) + bias
-
-
-class Block(nnx.Module):
-    """A pre-norm Transformer block."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.compute_dtype)
-        self.attention_norm = nnx.LayerNorm(config.width, rngs=rngs)
-        self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = nnx.LayerNorm(config.width, rngs=rngs)
-        self.up = nnx.Linear(config.width, config.mlp_width, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(config.mlp_width, config.width, dtype=dtype, rngs=rngs)
-        self.mlp_dropout = nnx.Dropout(config.mlp_dropout)
-        self.token_dropout = nnx.Dropout(config.token_dropout, broadcast_dims=(-1,))
-
-    def __call__(
-        self, x: Float[Array, "M N D"], mask: np.ndarray | Array | None, key: Key = None
-    ) -> Float[Array, "M N D"]:
-        hidden_key, out_key, token_key = _split(key, 3)
-        x = x + self.attention(self.attention_norm(x).astype(x.dtype), mask)
-        x = self.feed_forward(x, hidden_key, out_key)
-        return self.token_dropout(x, deterministic=key is None, rngs=token_key)
-
-    def feed_forward(
-        self, x: Float[Array, "M N D"], hidden_key: Key = None, out_key: Key = None
-    ) -> Float[Array, "M N D"]:
-        """The second half of the block, of each token by itself."""
-        plain = hidden_key is None
-        hidden = jax.nn.relu(self.up(self.mlp_norm(x).astype(x.dtype)))
-        hidden = self.mlp_dropout(hidden, deterministic=plain, rngs=hidden_key)
-        return x + self.mlp_dropout(self.down(hidden), deterministic=plain, rngs=out_key)
 
 
 class PatchWave(nnx.Module):
@@ -277,7 +102,7 @@ class PatchWave(nnx.Module):
         # Not a loop on the device: XLA's CPU backend runs the gradient of a convolution in one
         # twenty times slower.
         starts = range(0, patches * size, chunk * size)
-        keys = _split(key, len(starts))
+        keys = split(key, len(starts))
         encode = jax.checkpoint(self._encode_stretch, static_argnums=1)
         pieces = [
             encode(codes[:, start : start + (chunk + 1) * size], hop, piece_key)
@@ -306,7 +131,7 @@ class PatchWave(nnx.Module):
         """The Transformer, over the tokens with their sinusoidal positions."""
         count = tokens.shape[1]
         mask = np.tril(np.ones((count, count), bool)) if self.causal else None
-        keys = _split(key, len(self.blocks) + 1)
+        keys = split(key, len(self.blocks) + 1)
         x = tokens + jnp.asarray(positions(count, self.config.width), tokens.dtype)
         x = self.token_dropout(x, deterministic=key is None, rngs=keys[-1])
         for block, block_key in zip(self.blocks, keys, strict=False):
@@ -355,14 +180,12 @@ class PatchWave(nnx.Module):
         return self.head.log_prob(*self._read_window(codes[:, :-1], key), codes[:, -1])
 
     def _read_window(self, window: Array, key: Key) -> tuple[Array, Array | None]:
-        keys = _split(key, 3)
+        keys = split(key, 3)
         encoded = self.encode_window(window, keys[0])
         states = self.transform(encoded.tokens, keys[1])
         return self.hidden(states[:, -1], encoded.skip, keys[2]), encoded.prediction
 
-    def dense_logits(
-        self, segment: UInt8[Array, "B T"], hop: int = 1
-    ) -> Float32[Array, "B n 256"]:
+    def dense_logits(self, segment: UInt8[Array, "B T"], hop: int = 1) -> Float32[Array, "B n 256"]:
         """The dense form: logits of the samples P, P + hop, ... of a segment of (N + 1) P."""
 
         def head(hidden, prediction, _):
@@ -414,7 +237,7 @@ class PatchWave(nnx.Module):
         size, (batch, samples) = self.config.patch_samples, segment.shape
         patches, phases = samples // size - 1, size // hop
         newest = newest or patches
-        keys = _split(key, 2)
+        keys = split(key, 2)
         encoded = self.encode_segment(segment, hop, chunk_patches, keys[0])
         targets = segment[:, size::hop].reshape(batch, patches, phases)
         counted = (encoded.skip, encoded.prediction, targets)
@@ -422,7 +245,7 @@ class PatchWave(nnx.Module):
 
         def predict(piece):
             (tokens, (skip, prediction, codes)), key = piece
-            keys, (_, _, count, width) = _split(key, 2), tokens.shape
+            keys, (_, _, count, width) = split(key, 2), tokens.shape
             sequences = jnp.swapaxes(tokens, 1, 2).reshape(-1, patches, width)
             states = self.newest_states(sequences, newest, keys[0])
             states = jnp.swapaxes(states.reshape(batch, count, newest, width), 1, 2)
@@ -436,20 +259,6 @@ class PatchWave(nnx.Module):
         pieces = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 2, 0), tree
         )
-        keys = None if key is None else jax.random.split(keys[1], phases // chunk)
-        out = jnp.moveaxis(lax.map(jax.checkpoint(predict), (pieces, keys)), 0, 2)
+        pieces_keys = None if keys[1] is None else jax.random.split(keys[1], phases // chunk)
+        out = jnp.moveaxis(lax.map(jax.checkpoint(predict), (pieces, pieces_keys)), 0, 2)
         return out.reshape(batch, newest, phases, *out.shape[4:])
-
-    def num_parameters(self) -> int:
-        return sum(x.size for x in jax.tree.leaves(nnx.state(self, nnx.Param)))
-
-
-def _split(key: Key, count: int) -> Sequence[Key]:
-    return [None] * count if key is None else list(jax.random.split(key, count))
-
-
-def positions(count: int, width: int) -> Float32[np.ndarray, "N D"]:
-    """Sinusoidal positions: sines in the first half of the channels, cosines in the second."""
-    rates = np.exp(-math.log(10_000) * np.arange(width // 2) / (width // 2))
-    angles = np.arange(count)[:, None] * rates[None, :]
-    return np.concatenate([np.sin(angles), np.cos(angles)], -1).astype(np.float32)

@@ -58,7 +58,7 @@ class Quantiser:
 
 
 def sashimi_encode(waveform: Float[np.ndarray, "*clips T"]) -> UInt8[np.ndarray, "*clips T"]:
-    """The published pipeline's codes, in its float32 arithmetic (Goel et al. 2022, released code)."""
+    """The published pipeline's codes, in its float32 arithmetic (Goel et al. 2022, code)."""
     one, eps = np.float32(1), np.float32(1e-6)
     x = waveform.astype(np.float32)
     low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)

@@ -95,7 +95,7 @@ class Step:
     graphdef: Any
     abstract_state: State  # shapes, dtypes and shardings
     init: Callable[[], State]
-    update: Callable[[State, UInt8[Array, "B T"]], tuple[State, dict[str, Array]]]
+    update: Callable[[State, UInt8[np.ndarray, "B T"]], tuple[State, dict[str, Array]]]
 
 
 def make_step(config: Config, mesh: Mesh) -> Step:
@@ -129,7 +129,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         )
         return -log_probs.mean()
 
-    def accumulate(total: Any, params: Any, codes: Array, step: Array, index: int) -> Any:
+    def accumulate(total: Any, params: Any, codes: Any, step: Array, index: int) -> Any:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         piece = jax.value_and_grad(loss)(params, codes, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, piece)
@@ -157,7 +157,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     )
     apply = jax.jit(apply, out_shardings=everywhere, donate_argnums=0)
 
-    def update(state: State, codes: UInt8[Array, "B T"]) -> tuple[State, dict[str, Array]]:
+    def update(state: State, codes: UInt8[np.ndarray, "B T"]) -> tuple[State, dict[str, Array]]:
         # A loop of the host's, for the reason given in `PatchWave.encode_segment`. Row i of the
         # batch is in micro-batch i % count, so that each device keeps the rows it has.
         total = zeros()

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
@@ -29,7 +28,15 @@ from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.data.windows import Windows, batches, clips
 from patchwave_jax.errors import UserError, exits_cleanly
 from patchwave_jax.log import Log
-from patchwave_jax.step import LN2, State, Step, count_parameters, make_mesh, make_schedule, make_step
+from patchwave_jax.step import (
+    LN2,
+    State,
+    Step,
+    count_parameters,
+    make_mesh,
+    make_schedule,
+    make_step,
+)
 
 PAPER_PARAMETERS = "3.14M"
 
@@ -90,7 +97,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
                         "nll_nats": nats,
                         "nll_bits": nats / LN2,
                         "gradient_norm": gradient_norm,
-                        "learning_rate": float(schedule(done - 1)),
+                        "learning_rate": float(jax.device_get(schedule(done - 1))),
                         "seconds_per_step": seconds,
                         "targets_per_second": targets_per_step / seconds,
                         "targets": done * targets_per_step,
@@ -188,7 +195,7 @@ def require_finite(nats: float, gradient_norm: float, done: int, latest: int | N
     """Raises `UserError` if the loss or its gradient is not a number."""
     if math.isfinite(nats) and math.isfinite(gradient_norm):
         return
-    kept = "no checkpoint was saved yet" if latest is None else f"step {latest} is the last good one"
+    kept = "no checkpoint is there yet" if latest is None else f"step {latest} is the last good one"
     raise UserError(
         f"step {done}: the loss is {nats} and its gradient's norm {gradient_norm}; {kept}. "
         "Lower config.train.learning_rate or set config.train.clip_norm, and start again from there"

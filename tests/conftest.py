@@ -1,5 +1,7 @@
 """What all tests share: eight simulated devices, and small models with random weights."""
 
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,10 @@ from patchwave_jax.config import ModelConfig
 from patchwave_jax.model import PatchWave
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Tests that train again and again compile the same programs.
+_CACHE = tempfile.TemporaryDirectory(prefix="patchwave_jax_tests_")
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 SMALL = ModelConfig(
     patch_samples=60,

@@ -23,9 +23,7 @@ def load(name: str, arg: str = "") -> Config:
     return from_config_dict(module.get_config(arg))
 
 
-@pytest.mark.parametrize(
-    ("name", "tokens"), [("ctx128k", 64), ("ctx512k", 256), ("ctx1m", 500)]
-)
+@pytest.mark.parametrize(("name", "tokens"), [("ctx128k", 64), ("ctx512k", 256), ("ctx1m", 500)])
 def test_the_papers_recipe(name, tokens):
     config = load(name)
     assert (config.objective, config.patches, config.targets_per_row) == ("last", tokens, 1)

@@ -11,12 +11,11 @@ from conftest import SMALL, random_codes, random_model
 from flax import nnx
 
 from patchwave_jax.config import ModelConfig
-from patchwave_jax.model import Attention, PatchWave, positions
+from patchwave_jax.model import PatchWave
 from patchwave_jax.quantisers import SILENCE
+from patchwave_jax.transformer import Attention, positions
 
-OURS = dataclasses.replace(
-    SMALL, input="embedding", skip_connections=True, head="logistic_mixture"
-)
+OURS = dataclasses.replace(SMALL, input="embedding", skip_connections=True, head="logistic_mixture")
 OTHER_PATCH = dataclasses.replace(
     SMALL, patch_samples=96, kernel_size=3, strides=(3, 2, 2), filters=(8, 8, 4)
 )
@@ -64,7 +63,9 @@ def test_dense_form_equals_patch_form(config, causal):
     dense_logits = jax.jit(model.dense_logits, static_argnums=1)
     for hop in (h for h in (1, 4, size) if size % h == 0):
         dense = jax.nn.log_softmax(dense_logits(segment, hop))
-        np.testing.assert_allclose(dense, expected[:, ::hop], rtol=1e-5, atol=2e-5, err_msg=f"hop {hop}")
+        np.testing.assert_allclose(
+            dense, expected[:, ::hop], rtol=1e-5, atol=2e-5, err_msg=f"hop {hop}"
+        )
 
 
 def test_dense_form_equals_patch_form_at_the_papers_patch():
@@ -113,7 +114,9 @@ def test_last_objective_equals_logits(config):
     codes = random_codes(3, 2 * config.patch_samples + 1)
     logits = jax.nn.log_softmax(jax.jit(model.next_sample_logits)(codes[:, :-1]))
     expected = np.asarray(logits)[np.arange(3), codes[:, -1]]
-    np.testing.assert_allclose(jax.jit(model.next_sample_log_prob)(codes), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(model.next_sample_log_prob)(codes), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_dense_form_is_causal_by_gradient():
@@ -216,8 +219,11 @@ def test_dropout_drops_whole_tokens_and_is_off_without_a_key():
 
 def test_bfloat16_stays_near_float32():
     segment = random_codes(1, 3 * OURS.patch_samples)
-    full = random_model(OURS, causal=True)
-    half = random_model(dataclasses.replace(OURS, compute_dtype="bfloat16"), causal=True)
-    a, b = (jax.jit(model.dense_log_prob)(segment) for model in (full, half))
+    half = dataclasses.replace(OURS, compute_dtype="bfloat16")
+    models = [
+        PatchWave(config, causal=True, quantiser="mulaw", rngs=nnx.Rngs(0))
+        for config in (OURS, half)
+    ]
+    a, b = (jax.jit(model.dense_log_prob)(segment) for model in models)
     assert b.dtype == jnp.float32
-    assert abs(float((a - b).mean())) < 0.05
+    assert float(jnp.abs(a - b).mean() / jnp.abs(a).mean()) < 0.01

@@ -41,9 +41,7 @@ def small(data_dir: str = "", **train_fields) -> Config:
         model=SMALL,
         data=DataConfig(dataset="piano_demo", data_dir=data_dir, distinct_positions=1000),
         train=dataclasses.replace(recipe, **train_fields),
-        run=RunConfig(
-            log_every_steps=1, eval_every_steps=2, eval_targets=2000, save_every_steps=2
-        ),
+        run=RunConfig(log_every_steps=1, eval_every_steps=2, eval_targets=2000, save_every_steps=2),
     )
 
 

@@ -1,0 +1,108 @@
+"""The Transformer: folded attention, its blocks, and positions.
+
+Dimensions as in `patchwave_jax.model`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from patchwave_jax.config import ModelConfig
+from patchwave_jax.layers import Key, split, value
+
+
+class Attention(nnx.Module):
+    """Multi-head attention whose products per head are folded into two D x D matrices.
+
+    q.k = (Wq x + bq).(Wk y + bk) = (x Wq' Wk + bq' Wk) y + what is the same for every y and
+    cancels in the softmax; and Wo Wv likewise, where the value bias passes as a constant. Exact,
+    half the work of the plain form when K = D, and the keys and values are the tokens themselves.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        inner = config.num_heads * config.head_size
+        self.query = nnx.Linear(config.width, inner, rngs=rngs)
+        self.key = nnx.Linear(config.width, inner, rngs=rngs)
+        self.value = nnx.Linear(config.width, inner, rngs=rngs)
+        self.output = nnx.Linear(inner, config.width, rngs=rngs)
+
+    def folded(self) -> tuple[Array, Array, Array, Array]:
+        """`(A [D, H, D], a [H, D], C [H, D, D], c [D])`: scores (x A + a) y, output (mix C) + c."""
+        width, heads = self.config.width, (self.config.num_heads, self.config.head_size)
+        dtype = jnp.dtype(self.config.compute_dtype)
+        query = value(self.query.kernel).reshape(width, *heads)
+        key = value(self.key.kernel).reshape(width, *heads)
+        values = value(self.value.kernel).reshape(width, *heads)
+        output = value(self.output.kernel).reshape(*heads, width)
+        scale = 1 / math.sqrt(self.config.head_size)
+        score = jnp.einsum("dhk,ehk->dhe", query, key) * scale
+        score_bias = jnp.einsum("hk,ehk->he", value(self.query.bias).reshape(heads), key) * scale
+        mix = jnp.einsum("dhk,hke->hde", values, output)
+        bias = value(self.value.bias) @ value(self.output.kernel) + value(self.output.bias)
+        return score.astype(dtype), score_bias.astype(dtype), mix.astype(dtype), bias.astype(dtype)
+
+    def __call__(
+        self, x: Float[Array, "M N D"], mask: np.ndarray | Array | None
+    ) -> Float[Array, "M N D"]:
+        """Attends within each sequence; `mask` [N, N] is true where a query may look."""
+        return attend(self.folded(), x, x, mask)
+
+
+def attend(
+    folded: tuple[Array, Array, Array, Array],
+    x: Float[Array, "M n D"],
+    keys: Float[Array, "M N D"],
+    mask: np.ndarray | Array | None,
+) -> Float[Array, "M n D"]:
+    """Folded attention of `x` to `keys`; `mask` [n, N] is true where a query may look."""
+    score, score_bias, mix, bias = folded
+    queries = jnp.einsum("mnd,dhe->mnhe", x, score) + score_bias
+    scores = jnp.einsum("mnhe,mke->mnhk", queries, keys).astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, :], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores).astype(x.dtype)
+    mixed = jnp.einsum("mnhk,mkd->mnhd", weights, keys)
+    return jnp.einsum("mnhd,hde->mne", mixed, mix) + bias
+
+
+class Block(nnx.Module):
+    """A pre-norm Transformer block."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.compute_dtype)
+        self.attention_norm = nnx.LayerNorm(config.width, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = nnx.LayerNorm(config.width, rngs=rngs)
+        self.up = nnx.Linear(config.width, config.mlp_width, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(config.mlp_width, config.width, dtype=dtype, rngs=rngs)
+        self.mlp_dropout = nnx.Dropout(config.mlp_dropout)
+        self.token_dropout = nnx.Dropout(config.token_dropout, broadcast_dims=(-1,))
+
+    def __call__(
+        self, x: Float[Array, "M N D"], mask: np.ndarray | Array | None, key: Key = None
+    ) -> Float[Array, "M N D"]:
+        hidden_key, out_key, token_key = split(key, 3)
+        x = x + self.attention(self.attention_norm(x).astype(x.dtype), mask)
+        x = self.feed_forward(x, hidden_key, out_key)
+        return self.token_dropout(x, deterministic=key is None, rngs=token_key)
+
+    def feed_forward(
+        self, x: Float[Array, "M N D"], hidden_key: Key = None, out_key: Key = None
+    ) -> Float[Array, "M N D"]:
+        """The second half of the block, of each token by itself."""
+        plain = hidden_key is None
+        hidden = jax.nn.relu(self.up(self.mlp_norm(x).astype(x.dtype)))
+        hidden = self.mlp_dropout(hidden, deterministic=plain, rngs=hidden_key)
+        return x + self.mlp_dropout(self.down(hidden), deterministic=plain, rngs=out_key)
+
+
+def positions(count: int, width: int) -> Float32[np.ndarray, "N D"]:
+    """Sinusoidal positions: sines in the first half of the channels, cosines in the second."""
+    rates = np.exp(-math.log(10_000) * np.arange(width // 2) / (width // 2))
+    angles = np.arange(count)[:, None] * rates[None, :]
+    return np.concatenate([np.sin(angles), np.cos(angles)], -1).astype(np.float32)
