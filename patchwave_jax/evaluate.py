@@ -5,8 +5,8 @@ and a 95% interval; then the NLL against the context and per source file, with t
 beside it where `--yardsticks` asks for them. The protocol is that of `patchwave_jax.sliding`:
 `--clip_samples=131072 --drop_last` on a model of the sashimi quantiser, with as much context, is
 that of the published YouTube-Mix numbers; a stride of the whole context shows best what context
-is worth. Several `--workdir`, which may differ in context,
-measure in turn and come into one figure.
+is worth. Several `--workdir`, which may differ in context, are measured in turn and drawn into
+one figure.
 """
 
 import argparse

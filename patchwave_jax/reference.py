@@ -53,12 +53,6 @@ def yardsticks_on(
     return {name: values[name] for name in names}
 
 
-def kept(workdir: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
-    """All NLLs that `workdir` keeps, in nats: of each set of targets by yardstick."""
-    path = Path(workdir) / FILENAME
-    return json.loads(path.read_text())["nats"] if path.exists() else {}
-
-
 def verdict(nats: float, yardstick_nats: Mapping[str, float]) -> str:
     """What a validation NLL says beside the yardsticks on the same targets, in one sentence."""
     ordered = sorted(yardstick_nats.items(), key=lambda item: -item[1])
