@@ -65,13 +65,14 @@ class Log:
                 self._board.add_scalar(f"{kind}/{name}", value, step)
         bits = values["nll_bits"]
         if kind == "train":
-            rate = values["targets_per_second"]
-            self._bar.set_postfix_str(f"{bits:.3f} bits, {rate:,.0f} targets/s")
+            per_second = values["targets_per_second"]
+            rate = f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2f}"
+            self._bar.set_postfix_str(f"{bits:.3f} bits, {rate} targets/s")
             if self._bar.disable:
-                left = (self._bar.total - step) * (values["seconds_per_step"]) / 60
+                left = (self._bar.total - step) * values["seconds_per_step"] / 60
                 print(
                     f"step {step}/{self._bar.total}: {bits:.3f} bits/sample, "
-                    f"{rate:,.0f} targets/s, {left:.1f} min left",
+                    f"{rate} targets/s, {left:.1f} min left",
                     flush=True,
                 )
         else:

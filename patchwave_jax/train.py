@@ -19,7 +19,15 @@ from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
-from patchwave_jax import checkpoint, measure, quantisers, sliding, yardsticks
+from patchwave_jax import (
+    checkpoint,
+    expected,
+    measure,
+    quantisers,
+    reference,
+    sliding,
+    yardsticks,
+)
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config, from_config_dict
 from patchwave_jax.data.build import ensure_built
@@ -60,6 +68,8 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
     mesh = make_mesh()
     step = make_step(config, mesh)
     evaluator = sliding.Evaluator(config, mesh)
+    targets = measure.choose_targets(config, validation_split, max_targets=config.run.eval_targets)
+    known = expected.matching(config, train_split.manifest_hash)
     schedule, run = make_schedule(config), config.run
     num_steps, targets_per_step = config.train.num_steps, step_targets(config)
     print(
@@ -105,11 +115,14 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
                     log.write(done, "train", values)
                 validation = None
                 if evaluating and not stop:
-                    result = measure.evaluate_split(
-                        evaluator, state["params"], validation_split, max_targets=run.eval_targets
-                    )
+                    tally = measure.measure(evaluator, state["params"], targets)
+                    result = measure.result(tally, targets)
                     log.write(done, "validation", dataclasses.asdict(result))
                     validation = result.nll_nats
+                    yards = reference.yardsticks_on(targets, train_split, workdir)
+                    log.say(reference.verdict(validation, yards))
+                    if known and (words := expected.compare(known, done, result.nll_bits)):
+                        log.say(words)
                     improved = best is None or validation < best
                     best = validation if improved else best
                     flat = flat + 1 if not improved and done > config.train.decay_steps else 0
