@@ -24,10 +24,15 @@ from patchwave_jax.errors import exits_cleanly
 from patchwave_jax.sampler import CHUNK_SAMPLES, Sampler
 from patchwave_jax.step import make_model
 
-MEMORY_SHARE = 0.6  # of the machine's memory that the streams' state may take
+MEMORY_SHARE = 0.8  # of the free memory that the streams' state may take
 
 
 def memory_bytes() -> int:
+    """What is free of the machine's memory."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

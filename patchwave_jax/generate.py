@@ -12,13 +12,17 @@ number i draws from its own stream of random numbers, whatever the other clips a
 """
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from patchwave_jax import quantisers, sliding
 from patchwave_jax.agreement import check
@@ -56,6 +60,16 @@ def start(
             write_wav(outputs.path(clip, "_original.wav"), prompt.original)
     sampler.prime(codes, codes.shape[1])
     return sampler, outputs
+
+
+def make_mesh(num: int) -> Mesh:
+    """Devices for `num` streams; on a CPU, cores."""
+    with contextlib.suppress(RuntimeError):  # JAX runs already, with the devices that it has
+        if jax.config.jax_num_cpu_devices < 1:  # pyright: ignore
+            jax.config.update("jax_num_cpu_devices", min(num, os.cpu_count() or 1))
+    count = min(num, jax.device_count())
+    kinds = (AxisType.Auto,)
+    return jax.make_mesh((count,), ("data",), axis_types=kinds, devices=jax.devices()[:count])
 
 
 def make_sampler(settings: Settings, evaluator: sliding.Evaluator, params: Any) -> Sampler:
@@ -156,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         args.setdefault("num", max(1, len(args.get("prompt", []))))
         settings, step = Settings(**args), args.get("step")
     settings.check()
-    evaluator, params, step = sliding.load(settings.workdir, step)
+    evaluator, params, step = sliding.load(settings.workdir, step, make_mesh(settings.num))
     if checking:
         sys.exit(0 if run_check(settings, evaluator, params) else 1)
     if outputs:

@@ -178,9 +178,11 @@ class Incremental:
         return State(codes, layers, extended.caches)
 
     def step(
-        self, model: PatchWave, folded: Folded, state: State, i: Array, past: Array
+        self, model: PatchWave, folded: Folded, state: State, i: Array, past: Array, shown: int
     ) -> tuple[State, Callable[[], tuple[Array, Any]]]:
         """Takes in the newest sample, `past - 1` of the window; `i` were added since `extend`.
+
+        `shown` tokens of a phase are looked at; the newest must be among them.
 
         Returns:
           The state, and a function that gives what the head reads of target `past`: the hidden
@@ -190,7 +192,8 @@ class Incremental:
         token, skip, layers = self._encode(model, recent, state.layers, i)
         number, phase = past // self.config.patch_samples, past % self.config.patch_samples
         if self.causal:
-            states, caches = self._causal(model, folded, token, state.caches, number, phase)
+            place = number, phase, shown
+            states, caches = self._causal(model, folded, token, state.caches, *place)
             read_states = lambda: states  # noqa: E731
         else:
             caches = [_put_token(state.caches[0], token, number, phase)]
@@ -235,14 +238,16 @@ class Incremental:
         caches: list[Array],
         number: Array,
         phase: Array,
+        shown: int,
     ) -> tuple[Float[Array, "B D"], list[Array]]:
         table = jnp.asarray(positions(self.patches, self.config.width), token.dtype)
         x, kept = (token + table[number])[:, None], []
-        seen = jnp.arange(self.patches) <= number
+        seen = jnp.arange(shown) <= number
+        size = (token.shape[0], 1, shown, self.config.width)
         for block, weights, cache in zip(model.blocks, folded, caches, strict=True):
             query = block.attention_norm(x).astype(x.dtype)
             cache = _put_token(cache, query[:, 0], number, phase)
-            keys = lax.dynamic_index_in_dim(cache, phase, 1, False)
+            keys = lax.dynamic_slice(cache, (0, phase, 0, 0), size)[:, 0]
             x = block.feed_forward(x + _attend_one(weights, query[:, 0], keys, seen)[:, None])
             kept.append(cache)
         return x[:, 0], kept

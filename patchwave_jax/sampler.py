@@ -6,6 +6,7 @@ change: a causal model is primed again from its codes, a bidirectional one's enc
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -24,6 +25,7 @@ from patchwave_jax.incremental import Folded, Incremental, State
 from patchwave_jax.step import by_rows, replicated
 
 CHUNK_SAMPLES = 800  # made by one call of the compiled loop
+SHOWN_TOKENS = 128  # a growing window is compiled anew for every so many tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +147,10 @@ class Sampler:
         self._empty = jax.jit(lambda: model.empty(self._rows), out_shardings=by_rows(mesh))
         self._fill = sharded(model.prime, (*common, rows, everywhere), 2)
         self._slide = sharded(lambda state: model.slide(state, self.stride_patches), (rows,), 0)
-        self._loop = sharded(self._run, (*common, rows, rows, *(everywhere,) * 4), 2)
+        in_specs = (*common, rows, rows, *(everywhere,) * 4)
+        self._loop = functools.cache(
+            lambda shown: sharded(functools.partial(self._run, shown), in_specs, 2)
+        )
 
     def window_start(self, position: int) -> int:
         """Where the window begins whose targets include the sample at `position`."""
@@ -205,7 +210,9 @@ class Sampler:
 
         self.position, self._window = position, self.window_start(position)
         if self._state is None:
-            self._state = jax.jit(numbers, donate_argnums=0)(self._empty())
+            state = self._empty()
+            where = jax.tree.map(lambda x: x.sharding, state)
+            self._state = jax.jit(numbers, donate_argnums=0, out_shardings=where)(state)
 
     def state_bytes(self) -> int:
         """Size of all streams' state."""
@@ -233,15 +240,17 @@ class Sampler:
         elif start != self._window:
             self._window, self._state = start, self._slide(self._state)
         past = self.position - start
-        count = min(count, CHUNK_SAMPLES, self.config.context_samples - past)
+        size, patches = self.config.model.patch_samples, self.config.patches
+        shown = min(patches, (past // size // SHOWN_TOKENS + 1) * SHOWN_TOKENS)
+        shown = shown if self._model.causal else patches
+        count = min(count, CHUNK_SAMPLES, shown * size - past)
         forced = np.zeros((self._rows, CHUNK_SAMPLES), np.uint8)
         if given is not None:
             count = min(count, given.shape[1])
             forced[: self.num, :count] = given[:, :count]
         numbers = (0 if given is None else count, count, past, self.position)
-        self._state, codes, log_probs = self._loop(
-            self._params, self._folded, self._state, self._streams, forced, *map(np.int32, numbers)
-        )
+        state = self._params, self._folded, self._state, self._streams
+        self._state, codes, log_probs = self._loop(shown)(*state, forced, *map(np.int32, numbers))
         codes, log_probs = np.asarray(codes)[:, :count], np.asarray(log_probs)[:, :count]
         if not np.isfinite(log_probs).all():
             raise UserError(
@@ -255,6 +264,7 @@ class Sampler:
 
     def _run(
         self,
+        shown: int,
         params: Any,
         folded: Folded,
         state: State,
@@ -271,7 +281,7 @@ class Sampler:
         uniforms = self.knobs.uniforms(streams, position, chunk)
 
         def sample(i, carry):
-            state, read = self._model.step(model, folded, carry[0], i, past + i)
+            state, read = self._model.step(model, folded, carry[0], i, past + i, shown)
 
             def draw():
                 hidden, prediction = read()
