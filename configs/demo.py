@@ -41,15 +41,15 @@ def get_config(arg: str = ""):
             train=TrainConfig(
                 batch_size=4,
                 micro_batch_size=0,
-                num_steps=200,
+                num_steps=160,
                 learning_rate=2e-3,
                 warmup_steps=50,
                 schedule="cosine",
-                decay_steps=200,
+                decay_steps=160,
                 final_learning_rate=2e-5,
                 clip_norm=1.0,
                 patience_evals=0,
             ),
-            run=RunConfig(eval_every_steps=100, save_every_steps=100, eval_targets=0),
+            run=RunConfig(eval_every_steps=40, save_every_steps=40, eval_targets=0),
         )
     )

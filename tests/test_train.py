@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from conftest import SMALL, random_codes
 from jax.sharding import AxisType, Mesh
+from small_run import make_data
 
 from patchwave_jax import train as train_module
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
-from patchwave_jax.data.build import ensure_built
 from patchwave_jax.errors import UserError
 from patchwave_jax.step import choose_chunks, make_schedule, make_step
 from patchwave_jax.train import train
@@ -27,9 +27,7 @@ from patchwave_jax.train import train
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data")
-    ensure_built("piano_demo", path)
-    return str(path)
+    return str(make_data(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data")))
 
 
 def small(data_dir: str = "", **train_fields) -> Config:
@@ -39,7 +37,7 @@ def small(data_dir: str = "", **train_fields) -> Config:
         objective="dense",
         context_samples=240,
         model=SMALL,
-        data=DataConfig(dataset="piano_demo", data_dir=data_dir, distinct_positions=1000),
+        data=DataConfig(dataset="audio_folder", data_dir=data_dir, distinct_positions=1000),
         train=dataclasses.replace(recipe, **train_fields),
         run=RunConfig(log_every_steps=1, eval_every_steps=2, eval_targets=2000, save_every_steps=2),
     )
