@@ -17,6 +17,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from patchwave_jax.agreement import check
 from patchwave_jax.data import audio
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError, exits_cleanly
-from patchwave_jax.outputs import MAX_SAMPLES, Outputs, write_wav
+from patchwave_jax.outputs import Outputs, write_wav
 from patchwave_jax.prompts import Settings, encode, open_data, read_prompts
 from patchwave_jax.sampler import Sampler
 from patchwave_jax.train import stop_requested
@@ -83,35 +84,33 @@ def make_sampler(settings: Settings, evaluator: sliding.Evaluator, params: Any) 
     )
 
 
-def take_up(sampler: Sampler, outputs: Outputs) -> None:
+def take_up(sampler: Sampler, outputs: Outputs, stopping: Callable[[], bool]) -> None:
     """Brings a sampler where the files end, by the computations that made them."""
     end = outputs.made
     at = sampler.rewind(end, outputs.record["prompt_samples"])
     sampler.prime(outputs.codes(max(0, at - sampler.reach), at), at)
-    while sampler.position < end:
+    while sampler.position < end and not stopping():
         ahead = min(end, sampler.position + 100_000)
         given = outputs.codes(sampler.position, ahead)
         first = sampler.position
-        while sampler.position < ahead:
+        while sampler.position < ahead and not stopping():
             sampler.run(given=given[:, sampler.position - first :])
 
 
-def generate(sampler: Sampler, outputs: Outputs, total: int) -> bool:
-    """Goes on to `total` samples a clip; False if a signal stopped it before."""
+def generate(sampler: Sampler, outputs: Outputs, total: int, stopping: Callable[[], bool]) -> None:
+    """Goes on to `total` samples a clip, or until it is to stop."""
     begin, reported = time.monotonic(), time.monotonic()
     first = sampler.position
-    with stop_requested() as stopping:
-        while sampler.position < total and not stopping():
-            outputs.append(*sampler.run(total - sampler.position))
-            if (now := time.monotonic()) - reported > REPORT_SECONDS:
-                reported = now
-                rate = sampler.num * (sampler.position - first) / (now - begin)
-                print(
-                    f"{outputs.made / SAMPLE_RATE:.1f} of {total / SAMPLE_RATE:.1f} seconds, "
-                    f"{rate:,.0f} samples/s",
-                    flush=True,
-                )
-    return sampler.position >= total
+    while sampler.position < total and not stopping():
+        outputs.append(*sampler.run(total - sampler.position))
+        if (now := time.monotonic()) - reported > REPORT_SECONDS:
+            reported = now
+            rate = sampler.num * (sampler.position - first) / (now - begin)
+            print(
+                f"{outputs.made / SAMPLE_RATE:.1f} of {total / SAMPLE_RATE:.1f} seconds, "
+                f"{rate:,.0f} samples/s",
+                flush=True,
+            )
 
 
 def report(outputs: Outputs) -> str:
@@ -173,16 +172,15 @@ def main(argv: list[str] | None = None) -> None:
     evaluator, params, step = sliding.load(settings.workdir, step, make_mesh(settings.num))
     if checking:
         sys.exit(0 if run_check(settings, evaluator, params) else 1)
-    if outputs:
-        sampler = make_sampler(settings, evaluator, params)
-        take_up(sampler, outputs)
-        print(f"going on from {outputs.made / SAMPLE_RATE:g} seconds", flush=True)
-    else:
-        sampler, outputs = start(settings, Path(out), evaluator, params, step)
-    total = outputs.record["prompt_samples"] + round(settings.seconds * SAMPLE_RATE)
-    if total > MAX_SAMPLES:
-        raise UserError(f"--seconds: a clip can't be longer than {MAX_SAMPLES // SAMPLE_RATE}")
-    done = generate(sampler, outputs, total)
+    with stop_requested() as stopping:
+        if outputs:
+            print(f"going on from {outputs.made / SAMPLE_RATE:g} seconds", flush=True)
+            sampler = make_sampler(settings, evaluator, params)
+            take_up(sampler, outputs, stopping)
+        else:
+            sampler, outputs = start(settings, Path(out), evaluator, params, step)
+        total = outputs.record["prompt_samples"] + round(settings.seconds * SAMPLE_RATE)
+        generate(sampler, outputs, total, stopping)
     if plots:
         from patchwave_jax import plots as drawing  # matplotlib is slow to import
 
@@ -190,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
             path = outputs.path(clip, ".wav")
             drawing.plot(path, outputs.record["prompt_samples"], path.name)
     print(report(outputs), flush=True)
-    if not done:
+    if outputs.made < total:
         print(
             "stopped by a signal; the files are whole. Go on with:\n"
             f"  python -m patchwave_jax.generate --out={out} --resume",

@@ -48,6 +48,8 @@ class Settings:
             if value is not None and not 1 / SAMPLE_RATE <= value <= MAX_SAMPLES / SAMPLE_RATE:
                 most = MAX_SAMPLES // SAMPLE_RATE
                 raise UserError(f"--{name} must be from one sample to {most} seconds, got {value}")
+        if self.seconds + (self.prompt_seconds or 0) > MAX_SAMPLES / SAMPLE_RATE:
+            raise UserError(f"--seconds: a clip can't last more than {MAX_SAMPLES // SAMPLE_RATE}")
         if self.prompt and self.prompt_split:
             raise UserError("--prompt and --prompt_split: use one of them")
         if self.prompt_split and self.prompt_seconds is None:
