@@ -43,7 +43,7 @@ class State(NamedTuple):
 
     codes: UInt8[Array, "B R"]  # the newest samples
     layers: list[Float[Array, "B R F"]]  # inputs of the encoder's layers after the first
-    caches: list[Float[Array, "B P N D"]]  # of each block; bidirectional: one, of the encodings
+    caches: list[Float[Array, "P B N D"]]  # of each block; bidirectional: one, of the encodings
 
 
 class Incremental:
@@ -70,7 +70,7 @@ class Incremental:
     def empty(self, rows: int) -> State:
         """A state of `rows` streams to be primed."""
         config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
-        cache = (rows, config.patch_samples, self.patches, config.width)
+        cache = (config.patch_samples, rows, self.patches, config.width)
         return State(
             jnp.full((rows, self._newest), quantisers.SILENCE, jnp.uint8),
             [
@@ -119,7 +119,7 @@ class Incremental:
         def encode(i, cache):
             first = jnp.minimum(i * chunk, patches - chunk)
             piece = lax.dynamic_slice_in_dim(segment, first * size, (chunk + 1) * size, 1)
-            tokens = jnp.swapaxes(model.encode_segment(piece).tokens, 1, 2)
+            tokens = jnp.transpose(model.encode_segment(piece).tokens, (2, 0, 1, 3))
             return lax.dynamic_update_slice_in_dim(cache, tokens, first, 2)
 
         return lax.fori_loop(0, -(-patches // chunk), encode, cache)
@@ -128,15 +128,15 @@ class Incremental:
         self, model: PatchWave, folded: Folded, caches: list[Array], patches: int
     ) -> list[Array]:
         """The caches of all blocks from the encodings, which are in the first."""
-        config, (rows, size, _, width) = self.config, caches[0].shape
+        config, (size, rows, _, width) = self.config, caches[0].shape
         each = config.num_heads * 2 * (width + patches) + 8 * width + config.mlp_width
         most = PRIME_BYTES / (rows * patches * each * caches[0].dtype.itemsize)
         chunk = max(d for d in range(1, size + 1) if size % d == 0 and d <= max(1, most))
         mask = np.tril(np.ones((patches, patches), bool))
-        shape = (rows, chunk, patches, width)
+        shape = (chunk, rows, patches, width)
 
         def fill(i, caches):
-            at = (0, i * chunk, 0, 0)
+            at = (i * chunk, 0, 0, 0)
             x = lax.dynamic_slice(caches[0], at, shape).reshape(-1, patches, width)
             x = x + jnp.asarray(positions(patches, width), x.dtype)
             filled = []
@@ -197,7 +197,7 @@ class Incremental:
             read_states = lambda: states  # noqa: E731
         else:
             caches = [_put_token(state.caches[0], token, number, phase)]
-            tokens = lax.dynamic_index_in_dim(caches[0], phase, 1, False)
+            tokens = lax.dynamic_index_in_dim(caches[0], phase, 0, False)
             read_states = functools.partial(self._bidirectional, model, folded, tokens, number)
 
         def read() -> tuple[Array, Any]:
@@ -243,11 +243,11 @@ class Incremental:
         table = jnp.asarray(positions(self.patches, self.config.width), token.dtype)
         x, kept = (token + table[number])[:, None], []
         seen = jnp.arange(shown) <= number
-        size = (token.shape[0], 1, shown, self.config.width)
+        size = (1, token.shape[0], shown, self.config.width)
         for block, weights, cache in zip(model.blocks, folded, caches, strict=True):
             query = block.attention_norm(x).astype(x.dtype)
             cache = _put_token(cache, query[:, 0], number, phase)
-            keys = lax.dynamic_slice(cache, (0, phase, 0, 0), size)[:, 0]
+            keys = lax.dynamic_slice(cache, (phase, 0, 0, 0), size)[0]
             x = block.feed_forward(x + _attend_one(weights, query[:, 0], keys, seen)[:, None])
             kept.append(cache)
         return x[:, 0], kept
@@ -273,7 +273,7 @@ class Incremental:
 
 
 def _put_token(cache: Array, token: Float[Array, "B D"], number: Array, phase: Array) -> Array:
-    return lax.dynamic_update_slice(cache, token[:, None, None], (0, phase, number, 0))
+    return lax.dynamic_update_slice(cache, token[None, :, None], (phase, 0, number, 0))
 
 
 def _attend_one(

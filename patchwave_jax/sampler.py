@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int16, UInt8
 
 from patchwave_jax import quantisers, sliding
@@ -22,7 +22,7 @@ from patchwave_jax.config import Config
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError
 from patchwave_jax.incremental import Folded, Incremental, State
-from patchwave_jax.step import by_rows, replicated
+from patchwave_jax.step import replicated
 
 CHUNK_SAMPLES = 800  # made by one call of the compiled loop
 SHOWN_TOKENS = 128  # a growing window is compiled anew for every so many tokens
@@ -135,21 +135,25 @@ class Sampler:
 
     def _compile(self, mesh: Mesh) -> None:
         rows, everywhere = PartitionSpec("data"), PartitionSpec()
+        parts: Any = State(rows, rows, PartitionSpec(None, "data"))  # pyright: ignore
+        model, common = self._model, (everywhere, everywhere, parts)
 
-        def sharded(function: Any, in_specs: tuple[PartitionSpec, ...], donated: int) -> Any:
+        def sharded(function: Any, in_specs: Any, out_specs: Any, donated: int) -> Any:
             mapped = jax.shard_map(
-                function, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False
+                function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
             )
             return jax.jit(mapped, donate_argnums=donated)
 
-        model, common = self._model, (everywhere, everywhere, rows)
+        where = jax.tree.map(lambda part: NamedSharding(mesh, part), parts)
         self._fold = jax.jit(model.fold, out_shardings=replicated(mesh))
-        self._empty = jax.jit(lambda: model.empty(self._rows), out_shardings=by_rows(mesh))
-        self._fill = sharded(model.prime, (*common, rows, everywhere), 2)
-        self._slide = sharded(lambda state: model.slide(state, self.stride_patches), (rows,), 0)
-        in_specs = (*common, rows, rows, *(everywhere,) * 4)
+        self._empty = jax.jit(lambda: model.empty(self._rows), out_shardings=where)
+        self._fill = sharded(model.prime, (*common, rows, everywhere), parts, 2)
+        self._slide = sharded(lambda x: model.slide(x, self.stride_patches), (parts,), parts, 0)
+        arguments = (*common, rows, rows, *(everywhere,) * 4)
         self._loop = functools.cache(
-            lambda shown: sharded(functools.partial(self._run, shown), in_specs, 2)
+            lambda shown: sharded(
+                functools.partial(self._run, shown), arguments, (parts, rows, rows), 2
+            )
         )
 
     def window_start(self, position: int) -> int:
