@@ -289,7 +289,7 @@ def test_check_fails_if_generation_is_wrong(monkeypatch):
     def wrong(self):
         prime(self)
         assert self._state is not None
-        caches = [jnp.roll(x, 1, 1) for x in self._state.caches]
+        caches = [jnp.roll(x, 1, 0) for x in self._state.caches]
         self._state = self._state._replace(caches=caches)
 
     monkeypatch.setattr(Sampler, "_prime", wrong)
