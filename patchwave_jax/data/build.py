@@ -187,7 +187,7 @@ def report(built: Manifest, data_dir: str | os.PathLike[str]) -> str:
         if first.setdefault(entry.sha256, entry.split) != entry.split:
             lines.append(f"warning: {entry.name} also stands in {first[entry.sha256]}")
     lines.append(
-        f"next: python -m patchwave_jax.train --config=configs/demo.py --workdir=runs/demo "
+        "next: python -m patchwave_jax.train --config=configs/ctx128k.py:dense --workdir=DIR "
         f"--config.data.dataset={built.dataset} --config.data.data_dir={data_dir}"
     )
     return "\n".join(lines)
