@@ -9,7 +9,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import ml_collections
 
@@ -38,7 +38,10 @@ class ModelConfig:
     skip_connections: bool = False  # the newest output of every encoder layer, to the readout
     head: str = "softmax"  # 'softmax' or 'logistic_mixture'
     mixture_components: int = 8
-    predictor_taps: int = 64  # samples the mixture's linear predictor sees
+    predictor_taps: int = 64  # samples the mixture's learned linear predictor sees
+    adaptive_taps: tuple[int, ...] = ()  # of the mixture's adaptive linear predictors; (): none
+    adaptive_windows: tuple[int, ...] = ()  # samples each is fitted to
+    adaptive_block_samples: int = 100  # they are fitted anew every so many; divides the patch
     conv_dropout: float = 0.2
     mlp_dropout: float = 0.2
     head_dropout: float = 0.2
@@ -229,6 +232,7 @@ def _check(config: Config) -> None:
         f"{model.predictor_taps} is more than model.patch_samples, {model.patch_samples}",
     )
     size = model.patch_samples
+    _check_adaptive(config, require)
     require(
         config.context_samples > 0 and config.context_samples % size == 0,
         "context_samples",
@@ -254,3 +258,31 @@ def _check(config: Config) -> None:
             "run.encode_chunk_patches",
             f"{run.encode_chunk_patches} does not divide the {config.patches} patches",
         )
+
+
+def _check_adaptive(config: Config, require: Callable[[bool, str, str], None]) -> None:
+    model = config.model
+    taps, windows, block = model.adaptive_taps, model.adaptive_windows, model.adaptive_block_samples
+    require(
+        len(taps) == len(windows),
+        "model.adaptive_windows",
+        f"must have one entry for each of the {len(taps)} model.adaptive_taps",
+    )
+    if not taps:
+        return
+    for count, window in zip(taps, windows, strict=True):
+        require(
+            2 * count <= window,
+            "model.adaptive_windows",
+            f"{window} samples are too few to fit {count} taps to; give at least {2 * count}",
+        )
+    require(
+        model.head == "logistic_mixture" and config.objective == "dense",
+        "model.adaptive_taps",
+        "needs config.model.head='logistic_mixture' and config.objective='dense'",
+    )
+    require(
+        model.patch_samples % block == 0,
+        "model.adaptive_block_samples",
+        f"{block} does not divide the patch of {model.patch_samples}",
+    )

@@ -11,18 +11,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, UInt8
 
 from patchwave_jax import quantisers
+from patchwave_jax.adaptive import LIMIT, Prediction, waveform_of
 
 
 class Softmax(nnx.Module):
     """A linear layer and a softmax over the 256 codes (the paper's head)."""
 
-    taps = 0
-
     def __init__(self, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.linear = nnx.Linear(hidden, quantisers.NUM_CODES, dtype=dtype, rngs=rngs)
 
     def logits(
-        self, hidden: Float[Array, "*shape F"], prediction: Array | None
+        self, hidden: Float[Array, "*shape F"], prediction: Prediction | None
     ) -> Float32[Array, "*shape 256"]:
         """Unnormalised log-probabilities of all codes."""
         return self.linear(hidden).astype(jnp.float32)
@@ -30,7 +29,7 @@ class Softmax(nnx.Module):
     def log_prob(
         self,
         hidden: Float[Array, "*shape F"],
-        prediction: Array | None,
+        prediction: Prediction | None,
         codes: UInt8[Array, "*shape"],
     ) -> Float32[Array, "*shape"]:
         """Log-probability of `codes`, in nats."""
@@ -39,7 +38,7 @@ class Softmax(nnx.Module):
         return chosen - jax.nn.logsumexp(logits, -1)
 
     def drawing_logits(
-        self, hidden: Float[Array, "*shape F"], prediction: Array | None
+        self, hidden: Float[Array, "*shape F"], prediction: Prediction | None
     ) -> Float32[Array, "*shape 256"]:
         """The same, as a code is drawn from them."""
         return self.logits(hidden, prediction)
@@ -50,8 +49,10 @@ class LogisticMixture(nnx.Module):
 
     The probability of a code is the mass that the mixture puts on its bin (PixelCNN++, Parallel
     WaveNet); the outermost bins reach to infinity, so the 256 masses sum to 1. A component's
-    mean is the linear prediction from the last `taps` samples plus an offset, in units of the
-    prediction error's scale, so that training starts from linear prediction and learns the rest.
+    mean is a linear prediction plus an offset, in units of the prediction error's scale, so that
+    training starts from linear prediction and learns the rest. The prediction is a learned one
+    from the last `taps` samples, or that of several `adaptive` predictors, which a component may
+    also lean towards one by one.
     """
 
     def __init__(
@@ -60,14 +61,19 @@ class LogisticMixture(nnx.Module):
         *,
         components: int,
         taps: int,
+        adaptive: int,
         quantiser: str,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         self.components, self.taps, self.quantiser = components, taps, quantiser
+        # Of a component: weight, offset, scale, and how much it follows each predictor.
+        self.outputs = 3 + (adaptive + 1 if adaptive else 0)
         small = nnx.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
-        self.linear = nnx.Linear(hidden, 3 * components, kernel_init=small, dtype=dtype, rngs=rngs)
-        spread = np.zeros((components, 3), np.float32)
+        self.linear = nnx.Linear(
+            hidden, self.outputs * components, kernel_init=small, dtype=dtype, rngs=rngs
+        )
+        spread = np.zeros((components, self.outputs), np.float32)
         spread[:, 2] = np.linspace(-2, 1, components)
         assert self.linear.bias is not None
         self.linear.bias[...] = jnp.asarray(spread.reshape(-1))
@@ -79,15 +85,20 @@ class LogisticMixture(nnx.Module):
         self.predictor[...] = jnp.asarray(predictor, jnp.float32)
         self.log_scale[...] = jnp.float32(np.log(scale))
 
-    def predict(self, codes: UInt8[Array, "B T"]) -> Float32[Array, "B T-taps+1"]:
-        """Linear prediction of the sample after every stretch of `taps` samples, full scale 1."""
-        waveform = jnp.asarray(quantisers.get(self.quantiser).centres)[codes.astype(jnp.int32)]
-        return _correlate(waveform, self.predictor[...])
+    def predict(self, codes: UInt8[Array, "B T"], adaptive: Prediction | None = None) -> Prediction:
+        """The prediction of the sample after every stretch of `taps` samples."""
+        learned = _correlate(waveform_of(codes, self.quantiser), self.predictor[...])
+        if adaptive is None:
+            scale = jnp.broadcast_to(jnp.exp(self.log_scale[...]), learned.shape)
+            return Prediction(learned, scale, None, None)
+        other = jnp.clip((learned - adaptive.mean) / adaptive.scale, -LIMIT, LIMIT)
+        assert adaptive.others is not None
+        return adaptive._replace(others=jnp.concatenate([adaptive.others, other[..., None]], -1))
 
     def log_prob(
         self,
         hidden: Float[Array, "*shape F"],
-        prediction: Array | None,
+        prediction: Prediction | None,
         codes: UInt8[Array, "*shape"],
     ) -> Float32[Array, "*shape"]:
         """Log-probability of `codes`, in nats."""
@@ -99,7 +110,7 @@ class LogisticMixture(nnx.Module):
         return jax.nn.logsumexp(weights + mass, -1)
 
     def logits(
-        self, hidden: Float[Array, "*shape F"], prediction: Array | None
+        self, hidden: Float[Array, "*shape F"], prediction: Prediction | None
     ) -> Float32[Array, "*shape 256"]:
         """Log-probabilities of all codes (they are normalised)."""
         edges = jnp.asarray(quantisers.get(self.quantiser).edges)
@@ -109,7 +120,7 @@ class LogisticMixture(nnx.Module):
         return jax.nn.logsumexp(weights + mass, -1)
 
     def drawing_logits(
-        self, hidden: Float[Array, "*shape F"], prediction: Array | None
+        self, hidden: Float[Array, "*shape F"], prediction: Prediction | None
     ) -> Float32[Array, "*shape 256"]:
         """The same from masses, not their logarithms: many times as fast on CPUs.
 
@@ -124,17 +135,18 @@ class LogisticMixture(nnx.Module):
         mass = jax.nn.sigmoid(at[..., 1:]) * jax.nn.sigmoid(-at[..., :-1]) * -jnp.expm1(-width)
         return jnp.log((jnp.exp(weights) * mass).sum(-2))
 
-    def _mixture(self, hidden: Array, prediction: Array | None):
+    def _mixture(self, hidden: Array, prediction: Prediction | None):
         assert prediction is not None
         raw = self.linear(hidden).astype(jnp.float32)
-        weights, offsets, log_scales = jnp.moveaxis(
-            raw.reshape(*raw.shape[:-1], self.components, 3), -1, 0
-        )
-        error_scale = self.log_scale[...]
-        means = prediction[..., None] + offsets * jnp.exp(error_scale)
+        raw = raw.reshape(*raw.shape[:-1], self.components, self.outputs)
+        scale = prediction.scale[..., None]
+        offsets = raw[..., 1]
+        if prediction.others is not None:
+            offsets = offsets + (raw[..., 3:] * prediction.others[..., None, :]).sum(-1)
+        means = prediction.mean[..., None] + offsets * scale
         # e^-14 is a hundredth of the narrowest mu-law bin; e^2 covers full scale.
-        log_scales = jnp.clip(log_scales + error_scale, -14.0, 2.0)
-        return jax.nn.log_softmax(weights), means, log_scales
+        log_scales = jnp.clip(raw[..., 2] + jnp.log(scale), -14.0, 2.0)
+        return jax.nn.log_softmax(raw[..., 0]), means, log_scales
 
 
 def _log_bin_mass(low, high, index, means, log_scales):

@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
 from patchwave_jax import quantisers
+from patchwave_jax.adaptive import Prediction, Predictors, waveform_of
 from patchwave_jax.config import ModelConfig
 from patchwave_jax.encoder import Encoder
 from patchwave_jax.heads import LogisticMixture, Softmax
@@ -38,19 +39,23 @@ class Encoded(NamedTuple):
 
     tokens: Float[Array, "*shape D"]
     skip: Float[Array, "*shape D"] | None  # with `skip_connections`
-    prediction: Float32[Array, "*shape"] | None  # with the logistic mixture
+    prediction: Prediction | None  # with the logistic mixture
 
 
 class PatchWave(nnx.Module):
     """The whole model. `causal` is the attention's mask: True for the dense objective."""
 
     def __init__(self, config: ModelConfig, *, causal: bool, quantiser: str, rngs: nnx.Rngs):
-        self.config, self.causal = config, causal
+        self.config, self.causal, self.quantiser = config, causal, quantiser
+        self.predictors = Predictors(
+            config.adaptive_taps, config.adaptive_windows, config.adaptive_block_samples
+        )
         dtype = jnp.dtype(config.compute_dtype)
         self.encoder = Encoder(config, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = nnx.LayerNorm(config.width, rngs=rngs)
-        self.readout = nnx.Linear(config.width, config.readout_width, dtype=dtype, rngs=rngs)
+        told = config.width + self.predictors.num_features
+        self.readout = nnx.Linear(told, config.readout_width, dtype=dtype, rngs=rngs)
         if config.head == "softmax":
             self.head = Softmax(config.readout_width, dtype=dtype, rngs=rngs)
         else:
@@ -58,6 +63,7 @@ class PatchWave(nnx.Module):
                 config.readout_width,
                 components=config.mixture_components,
                 taps=config.predictor_taps,
+                adaptive=len(config.adaptive_taps),
                 quantiser=quantiser,
                 dtype=dtype,
                 rngs=rngs,
@@ -67,7 +73,7 @@ class PatchWave(nnx.Module):
 
     # Encoding.
 
-    def encode_window(self, codes: UInt8[Array, "B T"], key: Key = None) -> Encoded:
+    def encode_window(self, codes: UInt8[Array, "B T"], key: Key = None, age: int = 0) -> Encoded:
         """The patch form: `shape` is [B, N]; skips and predictions are the newest patch's."""
         config, (batch, samples) = self.config, codes.shape
         patches = codes.reshape(batch, samples // config.patch_samples, config.patch_samples)
@@ -78,10 +84,28 @@ class PatchWave(nnx.Module):
             out_axes=1,
         )
         tokens, skip = encode(patches, keys)
-        prediction = None
-        if isinstance(self.head, LogisticMixture):
-            prediction = self.head.predict(codes[:, samples - self.head.taps :])[:, 0]
-        return Encoded(tokens[:, :, 0], None if skip is None else skip[:, -1, 0], prediction)
+        prediction = self._predict(jnp.pad(codes, ((0, 0), (0, 1))), samples - age)
+        newest = jax.tree.map(lambda x: x[:, -1], prediction)
+        return Encoded(tokens[:, :, 0], None if skip is None else skip[:, -1, 0], newest)
+
+    def _predict(self, codes: UInt8[Array, "B T"], first: int) -> Prediction | None:
+        """The mixture's linear predictions of the samples from `first` on, where a block begins."""
+        if not isinstance(self.head, LogisticMixture):
+            return None
+        adaptive, predictors = None, self.predictors
+        if predictors:
+            missing = max(0, predictors.reach_samples - first)
+            known = jnp.pad(codes, ((0, 0), (missing, 0)), constant_values=quantisers.SILENCE)
+            waveform = waveform_of(known, self.quantiser)
+            begin = missing + first - predictors.memory_samples
+            age = np.arange(codes.shape[1] - first) % predictors.block_samples
+            adaptive = predictors.describe(
+                predictors.predict(waveform, begin),
+                waveform[:, begin:],
+                jnp.asarray(age, jnp.float32),
+                quantisers.get(self.quantiser).edges,
+            )
+        return self.head.predict(codes[:, first - self.head.taps : -1], adaptive)
 
     def encode_segment(
         self, codes: UInt8[Array, "B T"], hop: int = 1, chunk_patches: int = 0, key: Key = None
@@ -97,8 +121,13 @@ class PatchWave(nnx.Module):
         chunk = chunk_patches or patches
         if patches % chunk:
             raise ValueError(f"chunk_patches {chunk} does not divide the {patches} patches")
+        prediction = self._predict(codes, size)
+        prediction = jax.tree.map(
+            lambda x: x[:, ::hop].reshape(x.shape[0], patches, size // hop, *x.shape[2:]),
+            prediction,
+        )
         if chunk == patches:
-            return self._encode_stretch(codes, hop, key)
+            return Encoded(*self._encode_stretch(codes, hop, key), prediction)
         # Not a loop on the device: XLA's CPU backend runs the gradient of a convolution in one
         # twenty times slower.
         starts = range(0, patches * size, chunk * size)
@@ -108,21 +137,16 @@ class PatchWave(nnx.Module):
             encode(codes[:, start : start + (chunk + 1) * size], hop, piece_key)
             for start, piece_key in zip(starts, keys, strict=True)
         ]
-        return jax.tree.map(lambda *x: jnp.concatenate(x, 1), *pieces)
+        return Encoded(*jax.tree.map(lambda *x: jnp.concatenate(x, 1), *pieces), prediction)
 
-    def _encode_stretch(self, codes: Array, hop: int, key: Key) -> Encoded:
+    def _encode_stretch(self, codes: Array, hop: int, key: Key) -> tuple[Array, Array | None]:
         size = self.config.patch_samples
         batch, patches = codes.shape[0], codes.shape[1] // size - 1
         count = patches * size // hop
         end = codes.shape[1] - hop  # patches end before the targets, the last `hop` from the end
-        tokens, skip = self.encoder(codes[:, :end], hop, count, key)
-        prediction = None
-        if isinstance(self.head, LogisticMixture):
-            first = size - self.head.taps
-            prediction = self.head.predict(codes[:, first:end])[:, ::hop]
         return jax.tree.map(
             lambda x: x.reshape(batch, patches, size // hop, *x.shape[2:]),
-            Encoded(tokens, skip, prediction),
+            self.encoder(codes[:, :end], hop, count, key),
         )
 
     # Transformer and readout.
@@ -160,18 +184,29 @@ class PatchWave(nnx.Module):
         return jnp.moveaxis(lax.map(read, jnp.arange(count - newest, count)), 0, 1)
 
     def hidden(
-        self, states: Float[Array, "*shape D"], skip: Array | None, key: Key = None
+        self,
+        states: Float[Array, "*shape D"],
+        skip: Array | None,
+        prediction: Prediction | None,
+        key: Key = None,
     ) -> Float[Array, "*shape F"]:
         """The readout before the head, with the full-rate skip path added to the states."""
-        x = states if skip is None else states + skip
-        x = jax.nn.relu(self.readout(self.norm(x).astype(states.dtype)))
+        x = self.norm(states if skip is None else states + skip).astype(states.dtype)
+        if prediction is not None and prediction.features is not None:
+            x = jnp.concatenate([x, prediction.features.astype(x.dtype)], -1)
+        x = jax.nn.relu(self.readout(x))
         return self.head_dropout(x, deterministic=key is None, rngs=key)
 
     # The two forms, whole.
 
-    def next_sample_logits(self, window: UInt8[Array, "B T"]) -> Float32[Array, "B 256"]:
-        """The patch form: logits of the sample after each window of whole patches."""
-        return self.head.logits(*self._read_window(window, None))
+    def next_sample_logits(
+        self, window: UInt8[Array, "B T"], age: int = 0
+    ) -> Float32[Array, "B 256"]:
+        """The patch form: logits of the sample after each window of whole patches.
+
+        `age` is that sample's place in its block, where there are adaptive predictors.
+        """
+        return self.head.logits(*self._read_window(window, None, age))
 
     def next_sample_log_prob(
         self, codes: UInt8[Array, "B T+1"], key: Key = None
@@ -179,11 +214,14 @@ class PatchWave(nnx.Module):
         """Log-probability, in nats, of each row's last sample given the `T` before it."""
         return self.head.log_prob(*self._read_window(codes[:, :-1], key), codes[:, -1])
 
-    def _read_window(self, window: Array, key: Key) -> tuple[Array, Array | None]:
+    def _read_window(
+        self, window: Array, key: Key, age: int = 0
+    ) -> tuple[Array, Prediction | None]:
         keys = split(key, 3)
-        encoded = self.encode_window(window, keys[0])
+        encoded = self.encode_window(window, keys[0], age)
         states = self.transform(encoded.tokens, keys[1])
-        return self.hidden(states[:, -1], encoded.skip, keys[2]), encoded.prediction
+        hidden = self.hidden(states[:, -1], encoded.skip, encoded.prediction, keys[2])
+        return hidden, encoded.prediction
 
     def dense_logits(self, segment: UInt8[Array, "B T"], hop: int = 1) -> Float32[Array, "B n 256"]:
         """The dense form: logits of the samples P, P + hop, ... of a segment of (N + 1) P."""
@@ -225,7 +263,7 @@ class PatchWave(nnx.Module):
     def _dense(
         self,
         segment: Array,
-        head: Callable[[Array, Array | None, Array], Array],
+        head: Callable[[Array, Prediction | None, Array], Array],
         *,
         hop: int,
         newest: int | None = None,
@@ -249,7 +287,7 @@ class PatchWave(nnx.Module):
             sequences = jnp.swapaxes(tokens, 1, 2).reshape(-1, patches, width)
             states = self.newest_states(sequences, newest, keys[0])
             states = jnp.swapaxes(states.reshape(batch, count, newest, width), 1, 2)
-            return head(self.hidden(states, skip, keys[1]), prediction, codes)
+            return head(self.hidden(states, skip, prediction, keys[1]), prediction, codes)
 
         chunk = phase_chunk or phases
         if chunk == phases:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.signal import lfilter
 
+from patchwave_jax import quantisers
 from patchwave_jax.config import ModelConfig
 from patchwave_jax.model import PatchWave
 
@@ -45,6 +47,21 @@ def random_model(config: ModelConfig, *, causal: bool, quantiser="mulaw", seed=0
 
 def random_codes(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def smooth_codes(rows: int, samples: int, seed: int = 0) -> np.ndarray:
+    """Codes of decaying resonances in a little noise, which linear prediction makes sense of."""
+    rng = np.random.default_rng(seed)
+    wave = np.stack(
+        [
+            lfilter([1.0], np.poly(0.98 * np.exp([1j * f, -1j * f, 2j * f, -2j * f])).real, noise)
+            for f, noise in zip(
+                rng.uniform(0.1, 0.5, rows), rng.normal(size=(rows, samples)), strict=True
+            )
+        ]
+    )
+    wave *= 8_000 / np.abs(wave).max(-1, keepdims=True)
+    return quantisers.get("mulaw").encode(wave.astype(np.int16))
 
 
 @pytest.fixture

@@ -7,13 +7,27 @@ import pytest
 from flax import nnx
 
 from patchwave_jax import quantisers, yardsticks
+from patchwave_jax.adaptive import Prediction
 from patchwave_jax.heads import LogisticMixture, Softmax, _correlate
 
 
 def mixture(quantiser="mulaw", taps=8) -> LogisticMixture:
     return LogisticMixture(
-        6, components=3, taps=taps, quantiser=quantiser, dtype=jnp.float32, rngs=nnx.Rngs(0)
+        6,
+        components=3,
+        taps=taps,
+        adaptive=0,
+        quantiser=quantiser,
+        dtype=jnp.dtype("float32"),
+        rngs=nnx.Rngs(0),
     )
+
+
+def around(head: LogisticMixture, mean) -> Prediction:
+    """What the head's own linear prediction gives where it predicts `mean`."""
+    mean = jnp.asarray(mean, jnp.float32)
+    scale = jnp.broadcast_to(jnp.exp(head.log_scale[...]), mean.shape)
+    return Prediction(mean, scale, None, None)
 
 
 @pytest.mark.parametrize("quantiser", quantisers.NAMES)
@@ -23,7 +37,7 @@ def test_mixture_is_normalised_also_at_extreme_scales_and_means(quantiser, rng):
     for log_scale in (-30.0, -9.0, -5.0, 0.0, 5.0):
         head.log_scale[...] = jnp.float32(log_scale)
         for mean in (-3.0, -1.0, 0.0, 1e-4, 0.7, 3.0):
-            log_probs = head.logits(hidden, jnp.full(64, mean))
+            log_probs = head.logits(hidden, around(head, np.full(64, mean)))
             assert np.isfinite(log_probs).all()
             np.testing.assert_allclose(jax.nn.logsumexp(log_probs, -1), 0, atol=3e-5)
 
@@ -32,7 +46,7 @@ def test_mixture_is_normalised_also_at_extreme_scales_and_means(quantiser, rng):
 def test_mixture_equals_float64_masses_of_its_bins(quantiser, rng):
     head = mixture(quantiser)
     hidden = jnp.asarray(rng.normal(size=(32, 6)), jnp.float32)
-    prediction = jnp.asarray(rng.uniform(-0.9, 0.9, 32), jnp.float32)
+    prediction = around(head, rng.uniform(-0.9, 0.9, 32))
     weights, means, log_scales = (
         np.asarray(x, np.float64) for x in head._mixture(hidden, prediction)
     )
@@ -47,7 +61,7 @@ def test_mixture_equals_float64_masses_of_its_bins(quantiser, rng):
 
 def test_log_prob_is_the_logit_of_its_code(rng):
     hidden = jnp.asarray(rng.normal(size=(256, 6)), jnp.float32)
-    prediction = jnp.asarray(rng.uniform(-1, 1, 256), jnp.float32)
+    prediction = around(mixture(), rng.uniform(-1, 1, 256))
     codes = np.arange(256, dtype=np.uint8)
     for head in (mixture(), Softmax(6, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))):
         log_probs = jax.nn.log_softmax(head.logits(hidden, prediction))  # pyright: ignore
@@ -61,7 +75,8 @@ def test_gradients_are_finite_everywhere(rng):
     codes = jnp.asarray(rng.integers(0, 256, 512), jnp.uint8)
 
     def loss(params, hidden, prediction):
-        return nnx.merge(graphdef, params).log_prob(hidden, prediction, codes).sum()
+        head = nnx.merge(graphdef, params)
+        return head.log_prob(hidden, around(head, prediction), codes).sum()
 
     for scale in (0.1, 100.0):
         hidden = jnp.asarray(rng.normal(0, scale, (512, 6)), jnp.float32)
@@ -91,7 +106,7 @@ def test_an_untrained_mixture_is_near_linear_prediction(rng):
     taps, scale = yardsticks.fit_linear([codes], quantiser, 8)
     head = mixture()
     head.start_from(taps, scale)
-    prediction = head.predict(jnp.asarray(codes[None, :-1]))[0]
+    prediction = jax.tree.map(lambda x: x[0], head.predict(jnp.asarray(codes[None, :-1])))
     hidden = jnp.zeros((codes.size - 8, 6))
     bits = -float(head.log_prob(hidden, prediction, jnp.asarray(codes[8:])).mean()) / np.log(2)
     yardstick = yardsticks.fit([codes], quantiser).log_probs(codes, ["linear-32"])["linear-32"]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, random_codes, random_model
+from conftest import SMALL, random_codes, random_model, smooth_codes
 from flax import nnx
 
 from patchwave_jax.config import ModelConfig
@@ -16,6 +16,9 @@ from patchwave_jax.quantisers import SILENCE
 from patchwave_jax.transformer import Attention, positions
 
 OURS = dataclasses.replace(SMALL, input="embedding", skip_connections=True, head="logistic_mixture")
+ADAPTIVE = dataclasses.replace(
+    OURS, adaptive_taps=(4, 16), adaptive_windows=(60, 80), adaptive_block_samples=20
+)
 OTHER_PATCH = dataclasses.replace(
     SMALL, patch_samples=96, kernel_size=3, strides=(3, 2, 2), filters=(8, 8, 4)
 )
@@ -66,6 +69,25 @@ def test_dense_form_equals_patch_form(config, causal):
         np.testing.assert_allclose(
             dense, expected[:, ::hop], rtol=1e-5, atol=2e-5, err_msg=f"hop {hop}"
         )
+
+
+def test_dense_form_equals_patch_form_with_adaptive_predictors():
+    """The newest patch of targets, whose windows hold all that the predictors reach for."""
+    model, size, patches = random_model(ADAPTIVE, causal=True), ADAPTIVE.patch_samples, 4
+    segment = smooth_codes(2, (patches + 1) * size)
+    patch_form = jax.jit(model.next_sample_logits, static_argnums=1)
+    expected = np.stack(
+        [
+            jax.nn.log_softmax(patch_form(segment[:, phase : patches * size + phase], phase % 20))
+            for phase in range(size)
+        ],
+        1,
+    )
+    assert patches * size >= model.predictors.reach_samples + 19
+    for hop in (1, 4, size):
+        dense = jax.nn.log_softmax(jax.jit(model.dense_logits, static_argnums=1)(segment, hop))
+        newest = dense[:, dense.shape[1] - size // hop :]
+        np.testing.assert_allclose(newest, expected[:, ::hop], rtol=1e-4, atol=1e-3)
 
 
 def test_dense_form_equals_patch_form_at_the_papers_patch():
@@ -152,7 +174,7 @@ def test_patch_form_sees_all_of_the_window_but_what_its_receptive_field_leaves_o
     def logit(values):
         tokens = [_encode(model, values[i]) for i in range(3)]
         states = model.transform(jnp.concatenate([t for t, _ in tokens], 1))
-        return model.head.logits(model.hidden(states[:, -1], tokens[-1][1][:, 0]), None)[0, 7]
+        return model.head.logits(model.hidden(states[:, -1], tokens[-1][1][:, 0], None), None)[0, 7]
 
     def _encode(model, patch):
         inputs = lambda self, c: patch[:, -c.shape[1] :]  # noqa: E731
