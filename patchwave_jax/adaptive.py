@@ -17,7 +17,6 @@ Dimensions as in `patchwave_jax.model`; `K` taps, `J` predictors, `C` features.
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax

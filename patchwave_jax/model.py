@@ -16,7 +16,7 @@ Dimensions: `B` batch, `T` samples, `P` samples per patch, `N` patches, `D` widt
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,12 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from patchwave_jax import quantisers
 from patchwave_jax.adaptive import Prediction, Predictors, waveform_of
+from patchwave_jax.chunks import map_over_chunks, mean_over_chunks
 from patchwave_jax.config import ModelConfig
 from patchwave_jax.encoder import Encoder
 from patchwave_jax.heads import LogisticMixture, Softmax
 from patchwave_jax.layers import Key, split
-from patchwave_jax.transformer import Block, positions
+from patchwave_jax.transformer import Block, Folded, positions
 
 
 class Encoded(NamedTuple):
@@ -151,19 +152,28 @@ class PatchWave(nnx.Module):
 
     # Transformer and readout.
 
-    def transform(self, tokens: Float[Array, "M N D"], key: Key = None) -> Float[Array, "M N D"]:
+    def folded(self) -> list[Folded]:
+        """Every block's folded attention: made once where `transform` runs in a loop."""
+        return [block.attention.folded() for block in self.blocks]
+
+    def transform(
+        self, tokens: Float[Array, "M N D"], key: Key = None, folded: list[Folded] | None = None
+    ) -> Float[Array, "M N D"]:
         """The Transformer, over the tokens with their sinusoidal positions."""
-        count = tokens.shape[1]
-        mask = np.tril(np.ones((count, count), bool)) if self.causal else None
+        folded = self.folded() if folded is None else folded
         keys = split(key, len(self.blocks) + 1)
-        x = tokens + jnp.asarray(positions(count, self.config.width), tokens.dtype)
+        x = tokens + jnp.asarray(positions(tokens.shape[1], self.config.width), tokens.dtype)
         x = self.token_dropout(x, deterministic=key is None, rngs=keys[-1])
-        for block, block_key in zip(self.blocks, keys, strict=False):
-            x = block(x, mask, block_key)
+        for block, weights, block_key in zip(self.blocks, folded, keys, strict=False):
+            x = block(x, self.causal, block_key, weights)
         return x
 
     def newest_states(
-        self, tokens: Float[Array, "M N D"], newest: int, key: Key = None
+        self,
+        tokens: Float[Array, "M N D"],
+        newest: int,
+        key: Key = None,
+        folded: list[Folded] | None = None,
     ) -> Float[Array, "M n D"]:
         """What the newest `n` tokens become, each with only itself and older ones in view.
 
@@ -171,7 +181,7 @@ class PatchWave(nnx.Module):
         of `N` tokens of its own that ends there, filled up with tokens of silence in front.
         """
         if self.causal:
-            return self.transform(tokens, key)[:, -newest:]
+            return self.transform(tokens, key, folded)[:, -newest:]
         count = tokens.shape[1]
         silence = jnp.full((1, self.config.patch_samples), quantisers.SILENCE, jnp.uint8)
         silent = jnp.broadcast_to(self.encoder(silence, 0, 1)[0], tokens.shape)
@@ -179,7 +189,7 @@ class PatchWave(nnx.Module):
 
         def read(start):
             window = lax.dynamic_slice_in_dim(padded, start, count, 1)
-            return self.transform(window, key)[:, -1]
+            return self.transform(window, key, folded)[:, -1]
 
         return jnp.moveaxis(lax.map(read, jnp.arange(count - newest, count)), 0, 1)
 
@@ -240,14 +250,13 @@ class PatchWave(nnx.Module):
         newest: int | None = None,
         phase_chunk: int = 0,
         chunk_patches: int = 0,
-        key: Key = None,
     ) -> Float32[Array, "B n"]:
         """Log-probabilities, in nats, of a segment's samples P, P + hop, ...
 
         `newest` patches of targets are computed (None: all N), always the segment's last.
         `phase_chunk` > 0 (a divisor of P / hop) runs the Transformer and the head over that many
-        phases at a time and recomputes them in the backward pass; `chunk_patches` > 0 (a divisor
-        of N) does the same for the encoder: less memory for long segments, the same result.
+        phases at a time, `chunk_patches` > 0 (a divisor of N) the encoder over that many patches:
+        less memory for long segments, the same result.
         """
         log_probs = self._dense(
             segment,
@@ -256,9 +265,32 @@ class PatchWave(nnx.Module):
             newest=newest,
             phase_chunk=phase_chunk,
             chunk_patches=chunk_patches,
-            key=key,
         )
         return log_probs.reshape(segment.shape[0], -1)
+
+    def dense_nats(
+        self,
+        segment: UInt8[Array, "B T"],
+        *,
+        hop: int = 1,
+        phase_chunk: int = 0,
+        chunk_patches: int = 0,
+        key: Key = None,
+    ) -> Float32[Array, ""]:
+        """The loss: mean NLL, in nats, of a segment's samples P, P + hop, ...
+
+        As `dense_log_prob`, but made to be differentiated: nothing of the Transformer and the
+        head is kept for the backward pass, nor computed twice.
+        """
+        keys = split(key, 2)
+        pieces, predict = self._predictor(segment, hop, None, chunk_patches, keys[0])
+
+        def nats(piece: Any, index: Array) -> Array:
+            chunk_key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
+            return -predict(piece, self.head.log_prob, chunk_key).mean()
+
+        chunk = phase_chunk or self.config.patch_samples // hop
+        return mean_over_chunks(nats, pieces, axis=2, size=chunk)
 
     def _dense(
         self,
@@ -269,34 +301,34 @@ class PatchWave(nnx.Module):
         newest: int | None = None,
         phase_chunk: int = 0,
         chunk_patches: int = 0,
-        key: Key = None,
     ) -> Array:
         """`head` of every target, [B, n, P / hop, ...], from chunks of phases."""
-        size, (batch, samples) = self.config.patch_samples, segment.shape
-        patches, phases = samples // size - 1, size // hop
-        newest = newest or patches
-        keys = split(key, 2)
-        encoded = self.encode_segment(segment, hop, chunk_patches, keys[0])
-        targets = segment[:, size::hop].reshape(batch, patches, phases)
-        counted = (encoded.skip, encoded.prediction, targets)
-        tree = (encoded.tokens, jax.tree.map(lambda x: x[:, -newest:], counted))
+        pieces, predict = self._predictor(segment, hop, newest, chunk_patches)
+        chunk = phase_chunk or self.config.patch_samples // hop
+        return map_over_chunks(lambda piece: predict(piece, head), pieces, axis=2, size=chunk)
 
-        def predict(piece):
-            (tokens, (skip, prediction, codes)), key = piece
+    def _predictor(
+        self, segment: Array, hop: int, newest: int | None, chunk_patches: int, key: Key = None
+    ) -> tuple[Any, Callable[..., Array]]:
+        """What the Transformer and the head read of a segment, and a function that runs them.
+
+        The arrays of the first are [B, N or n, P / hop, ...]. The function takes any of their
+        phases: they don't mix.
+        """
+        size, (batch, samples) = self.config.patch_samples, segment.shape
+        patches = samples // size - 1
+        newest = newest or patches
+        encoded, folded = self.encode_segment(segment, hop, chunk_patches, key), self.folded()
+        targets = segment[:, size::hop].reshape(batch, patches, size // hop)
+        counted = (encoded.skip, encoded.prediction, targets)
+        pieces = (encoded.tokens, jax.tree.map(lambda x: x[:, -newest:], counted))
+
+        def predict(piece: Any, head: Callable[..., Array], key: Key = None) -> Array:
+            tokens, (skip, prediction, codes) = piece
             keys, (_, _, count, width) = split(key, 2), tokens.shape
             sequences = jnp.swapaxes(tokens, 1, 2).reshape(-1, patches, width)
-            states = self.newest_states(sequences, newest, keys[0])
+            states = self.newest_states(sequences, newest, keys[0], folded)
             states = jnp.swapaxes(states.reshape(batch, count, newest, width), 1, 2)
             return head(self.hidden(states, skip, prediction, keys[1]), prediction, codes)
 
-        chunk = phase_chunk or phases
-        if chunk == phases:
-            return predict((tree, keys[1]))
-        if phases % chunk:
-            raise ValueError(f"phase_chunk {chunk} does not divide the {phases} phases")
-        pieces = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 2, 0), tree
-        )
-        pieces_keys = None if keys[1] is None else jax.random.split(keys[1], phases // chunk)
-        out = jnp.moveaxis(lax.map(jax.checkpoint(predict), (pieces, pieces_keys)), 0, 2)
-        return out.reshape(batch, newest, phases, *out.shape[4:])
+        return pieces, predict

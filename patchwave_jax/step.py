@@ -5,6 +5,7 @@ The mesh has one axis, `data`: a batch's rows are split over it and the paramete
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from patchwave_jax.errors import UserError
 from patchwave_jax.model import PatchWave
 
 State = dict[str, Any]  # params, opt_state, step
+CPU_CHUNK_BYTES = 64e6
 LN2 = math.log(2)
 
 
@@ -124,10 +126,9 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         model = nnx.merge(graphdef, params)
         if config.objective == "last":
             return -model.next_sample_log_prob(codes, key).mean()
-        log_probs = model.dense_log_prob(
+        return model.dense_nats(
             codes, hop=train.hop, phase_chunk=phase_chunk, chunk_patches=chunk_patches, key=key
         )
-        return -log_probs.mean()
 
     def accumulate(total: Any, params: Any, codes: Any, step: Array, index: int) -> Any:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -179,12 +180,14 @@ def make_step(config: Config, mesh: Mesh) -> Step:
 def choose_chunks(config: Config, rows: int, device: Any) -> tuple[int, int]:
     """`(phase_chunk, chunk_patches)` of the dense form for `rows` segments on one device.
 
-    What the configuration leaves at 0 is chosen so that the activations kept for the backward
-    pass stay within a third of the device's memory (a third of 12 GB where it does not tell).
+    What the configuration leaves at 0 is chosen for the device's memory, of which a third is for
+    the encoder's activations (half of the machine's counts where the device does not tell). The
+    Transformer's, kept for one chunk of phases, take up to a 24th of it, but on a CPU not much
+    more than its caches hold.
     """
     model, run = config.model, config.run
-    stats = device.memory_stats() or {}
-    budget = stats.get("bytes_limit", 12e9) / 3
+    memory = (device.memory_stats() or {}).get("bytes_limit", _machine_bytes() / 2)
+    most = CPU_CHUNK_BYTES if device.platform == "cpu" else memory / 24
     patches, phases = config.patches, model.patch_samples // config.train.hop
     bytes_each = jnp.dtype(model.compute_dtype).itemsize
     layer = model.num_heads * (2 * model.width + 2 * patches) + 8 * model.width + model.mlp_width
@@ -192,9 +195,13 @@ def choose_chunks(config: Config, rows: int, device: Any) -> tuple[int, int]:
     phase = rows * patches * token * bytes_each
     patch = rows * model.patch_samples * 3 * sum(model.filters) * bytes_each
     return (
-        run.phase_chunk or _largest_divisor(phases, budget / 8 / phase),
-        run.encode_chunk_patches or _largest_divisor(patches, budget / patch),
+        run.phase_chunk or _largest_divisor(phases, most / phase),
+        run.encode_chunk_patches or _largest_divisor(patches, memory / 3 / patch),
     )
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _largest_divisor(total: int, most: float) -> int:

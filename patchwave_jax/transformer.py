@@ -14,6 +14,9 @@ from jaxtyping import Array, Float, Float32
 from patchwave_jax.config import ModelConfig
 from patchwave_jax.layers import Key, split, value
 
+MIN_QUERY_BLOCK, MAX_QUERY_BLOCKS = 32, 8  # tokens, and how often a program repeats the block
+Folded = tuple[Array, Array, Array, Array]  # as `Attention.folded` returns them
+
 
 class Attention(nnx.Module):
     """Multi-head attention whose products per head are folded into two D x D matrices.
@@ -31,7 +34,7 @@ class Attention(nnx.Module):
         self.value = nnx.Linear(config.width, inner, rngs=rngs)
         self.output = nnx.Linear(inner, config.width, rngs=rngs)
 
-    def folded(self) -> tuple[Array, Array, Array, Array]:
+    def folded(self) -> Folded:
         """`(A [D, H, D], a [H, D], C [H, D, D], c [D])`: scores (x A + a) y, output (mix C) + c."""
         width, heads = self.config.width, (self.config.num_heads, self.config.head_size)
         dtype = jnp.dtype(self.config.compute_dtype)
@@ -47,27 +50,68 @@ class Attention(nnx.Module):
         return score.astype(dtype), score_bias.astype(dtype), mix.astype(dtype), bias.astype(dtype)
 
     def __call__(
-        self, x: Float[Array, "M N D"], mask: np.ndarray | Array | None
+        self, x: Float[Array, "M N D"], causal: bool, folded: Folded | None = None
     ) -> Float[Array, "M N D"]:
-        """Attends within each sequence; `mask` [N, N] is true where a query may look."""
-        return attend(self.folded(), x, x, mask)
+        """Attends within each sequence, to all tokens or (`causal`) to itself and older ones.
+
+        `folded` are this attention's folded matrices, where a loop has them made outside it.
+        """
+        folded = folded or self.folded()
+        return attend_to_older(folded, x) if causal else attend(folded, x, x, None)
 
 
 def attend(
-    folded: tuple[Array, Array, Array, Array],
+    folded: Folded,
     x: Float[Array, "M n D"],
     keys: Float[Array, "M N D"],
     mask: np.ndarray | Array | None,
 ) -> Float[Array, "M n D"]:
     """Folded attention of `x` to `keys`; `mask` [n, N] is true where a query may look."""
-    score, score_bias, mix, bias = folded
-    queries = jnp.einsum("mnd,dhe->mnhe", x, score) + score_bias
-    scores = jnp.einsum("mnhe,mke->mnhk", queries, keys).astype(jnp.float32)
+    return _output(folded, _mix(_queries(folded, x), keys, mask), x)
+
+
+def attend_to_older(folded: Folded, x: Float[Array, "M N D"]) -> Float[Array, "M N D"]:
+    """Folded attention of each token to itself and older ones.
+
+    Blocks of queries see only the keys that at least one of them may look at: of the scores that
+    a mask would throw away, nearly half of all, few are computed.
+    """
+    count, heads = x.shape[1], folded[1].shape[0]
+    queries, mixed = _queries(folded, x), []
+    block = max(MIN_QUERY_BLOCK, -(-count // MAX_QUERY_BLOCKS))
+    for first in range(0, count, block):
+        end = min(first + block, count)
+        rows = queries[:, first * heads : end * heads]
+        mask = np.arange(end)[None, :] <= np.arange(first, end)[:, None]
+        mixed.append(_mix(rows, x[:, :end], mask))
+    return _output(folded, jnp.concatenate(mixed, 1), x)
+
+
+def _queries(folded: Folded, x: Float[Array, "M n D"]) -> Float[Array, "M n*H D"]:
+    score, score_bias, _, _ = folded
+    sequences, _, width = x.shape
+    queries = x.reshape(-1, width) @ score.reshape(width, -1) + score_bias.reshape(-1)
+    return queries.reshape(sequences, -1, width)
+
+
+def _mix(
+    queries: Float[Array, "M n*H D"], keys: Float[Array, "M N D"], mask: np.ndarray | Array | None
+) -> Float[Array, "M n*H D"]:
+    """The keys, weighted for each query. Tokens and heads are the rows of one product."""
+    scores = jnp.einsum("mrd,mkd->mrk", queries, keys).astype(jnp.float32)
     if mask is not None:
-        scores = jnp.where(mask[:, None, :], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores).astype(x.dtype)
-    mixed = jnp.einsum("mnhk,mkd->mnhd", weights, keys)
-    return jnp.einsum("mnhd,hde->mne", mixed, mix) + bias
+        heads = queries.shape[1] // mask.shape[0]
+        scores = jnp.where(jnp.repeat(jnp.asarray(mask), heads, 0), scores, -jnp.inf)
+    return jnp.einsum("mrk,mkd->mrd", jax.nn.softmax(scores).astype(keys.dtype), keys)
+
+
+def _output(
+    folded: Folded, mixed: Float[Array, "M n*H D"], x: Float[Array, "M n D"]
+) -> Float[Array, "M n D"]:
+    _, _, mix, bias = folded
+    width = x.shape[-1]
+    heads_side_by_side = mixed.reshape(-1, mix.shape[0] * width)
+    return (heads_side_by_side @ mix.reshape(-1, width) + bias).reshape(x.shape)
 
 
 class Block(nnx.Module):
@@ -84,10 +128,10 @@ class Block(nnx.Module):
         self.token_dropout = nnx.Dropout(config.token_dropout, broadcast_dims=(-1,))
 
     def __call__(
-        self, x: Float[Array, "M N D"], mask: np.ndarray | Array | None, key: Key = None
+        self, x: Float[Array, "M N D"], causal: bool, key: Key = None, folded: Folded | None = None
     ) -> Float[Array, "M N D"]:
         hidden_key, out_key, token_key = split(key, 3)
-        x = x + self.attention(self.attention_norm(x).astype(x.dtype), mask)
+        x = x + self.attention(self.attention_norm(x).astype(x.dtype), causal, folded)
         x = self.feed_forward(x, hidden_key, out_key)
         return self.token_dropout(x, deterministic=key is None, rngs=token_key)
 

@@ -13,7 +13,7 @@ from flax import nnx
 from patchwave_jax.config import ModelConfig
 from patchwave_jax.model import PatchWave
 from patchwave_jax.quantisers import SILENCE
-from patchwave_jax.transformer import Attention, positions
+from patchwave_jax.transformer import MIN_QUERY_BLOCK, Attention, positions
 
 OURS = dataclasses.replace(SMALL, input="embedding", skip_connections=True, head="logistic_mixture")
 ADAPTIVE = dataclasses.replace(
@@ -122,11 +122,14 @@ def test_chunks_leave_the_gradient_as_it_is():
     graphdef, params = nnx.split(model)
     segment = random_codes(2, 5 * OURS.patch_samples)
 
-    def loss(params, **kwargs):
-        return nnx.merge(graphdef, params).dense_log_prob(segment, **kwargs).mean()
+    def plain(params):
+        return -nnx.merge(graphdef, params).dense_log_prob(segment).mean()
 
-    whole = jax.jit(jax.grad(loss))(params)
-    pieces = jax.jit(jax.grad(partial(loss, phase_chunk=20, chunk_patches=1)))(params)
+    def loss(params, **kwargs):
+        return nnx.merge(graphdef, params).dense_nats(segment, **kwargs)
+
+    whole = jax.jit(jax.value_and_grad(plain))(params)
+    pieces = jax.jit(jax.value_and_grad(partial(loss, phase_chunk=20, chunk_patches=1)))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, pieces)
 
 
@@ -187,31 +190,33 @@ def test_patch_form_sees_all_of_the_window_but_what_its_receptive_field_leaves_o
     assert (gradient[:, 1:] > 0).all()
 
 
-def test_folded_attention_equals_the_plain_form():
-    """Values and gradients, biases included."""
+@pytest.mark.parametrize("causal", [True, False])
+def test_folded_attention_equals_the_plain_form(causal):
+    """Values and gradients, biases included, over more tokens than one block of queries has."""
+    count = 2 * MIN_QUERY_BLOCK + 7
     config = dataclasses.replace(SMALL, head_size=12)
     attention = Attention(config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(attention)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype), params)
-    x = jnp.asarray(rng.normal(size=(5, 7, 16)), jnp.float32)
-    mask = np.tril(np.ones((7, 7), bool))
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), params)
+    x = jnp.asarray(rng.normal(size=(3, count, 16)), jnp.float32)
+    mask = np.tril(np.ones((count, count), bool)) if causal else True
 
     def folded(params, x):
-        return jnp.sin(nnx.merge(graphdef, params)(x, mask))
+        return jnp.sin(nnx.merge(graphdef, params)(x, causal))
 
     def plain(params, x):
         a = nnx.merge(graphdef, params)
-        q, k, v = (f(x).reshape(5, 7, 2, 12) for f in (a.query, a.key, a.value))
+        q, k, v = (f(x).reshape(3, count, 2, 12) for f in (a.query, a.key, a.value))
         scores = jnp.einsum("mqhk,mshk->mhqs", q, k) / np.sqrt(12)
         weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
         mixed = jnp.einsum("mhqs,mshk->mqhk", weights, v)
-        return jnp.sin(a.output(mixed.reshape(5, 7, 24)))
+        return jnp.sin(a.output(mixed.reshape(3, count, 24)))
 
     np.testing.assert_allclose(folded(params, x), plain(params, x), atol=2e-5)
     got = jax.jit(jax.grad(lambda *a: folded(*a).sum(), (0, 1)))(params, x)
     expected = jax.jit(jax.grad(lambda *a: plain(*a).sum(), (0, 1)))(params, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), got, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-3), got, expected)
 
 
 def test_positions_by_hand():

@@ -257,6 +257,8 @@ def test_a_batch_that_does_not_split_over_the_devices_is_named():
 
 def test_chunks_fit_the_memory_and_divide():
     class Device:
+        platform = "gpu"
+
         def __init__(self, limit):
             self.limit = limit
 

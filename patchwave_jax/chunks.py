@@ -1,0 +1,93 @@
+"""Running a function over chunks of an axis, one after the other, to need less memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32
+
+
+def map_over_chunks(function: Callable[[Any], Array], tree: Any, *, axis: int, size: int) -> Array:
+    """`function` of all of `tree`, computed from chunks of `size` along an axis.
+
+    Raises:
+      ValueError: if `size` does not divide the axis.
+    """
+    count = _count(tree, axis, size)
+    if count == 1:
+        return function(tree)
+    out = lax.map(lambda i: function(_take(tree, axis, size, i)), jnp.arange(count))
+    out = jnp.moveaxis(out, 0, axis)
+    return out.reshape(*out.shape[:axis], -1, *out.shape[axis + 2 :])
+
+
+def mean_over_chunks(
+    function: Callable[[Any, Array], Float32[Array, ""]], tree: Any, *, axis: int, size: int
+) -> Float32[Array, ""]:
+    """The mean of `function(chunk, index)` over chunks of `size` along an axis of `tree`.
+
+    The gradient is computed along with the value, chunk by chunk, as far as `tree` and what
+    `function` closes over: whatever the number of chunks, the intermediate results of only one
+    are in memory (and in the caches of a CPU), and none is computed twice.
+
+    Raises:
+      ValueError: if `size` does not divide the axis.
+    """
+    count = _count(tree, axis, size)
+    leaves, structure = jax.tree.flatten(tree)
+    inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+
+    def joined(floats: list[Array], others: list[Array], index: Array) -> Array:
+        streams = {True: iter(floats), False: iter(others)}
+        return function(jax.tree.unflatten(structure, [next(streams[i]) for i in inexact]), index)
+
+    floats = [x for x, i in zip(leaves, inexact, strict=True) if i]
+    others = [x for x, i in zip(leaves, inexact, strict=True) if not i]
+    first = _take((floats, others), axis, size, 0)
+    pure, closed_over = jax.closure_convert(joined, *first, jnp.int32(0))
+
+    @jax.custom_vjp
+    def mean(floats: list[Array], closed_over: list[Array], others: list[Array]) -> Array:
+        def add(total: Array, i: Array) -> tuple[Array, None]:
+            return total + pure(*_take((floats, others), axis, size, i), i, *closed_over), None
+
+        return lax.scan(add, jnp.float32(0), jnp.arange(count))[0] / count
+
+    def forward(floats: list[Array], closed_over: list[Array], others: list[Array]):
+        def add(carry: Any, i: Array) -> tuple[Any, None]:
+            total, of_floats, of_closed = carry
+            piece, fixed = _take((floats, others), axis, size, i)
+            value, (d_piece, d_closed) = jax.value_and_grad(
+                lambda piece, closed: pure(piece, fixed, i, *closed), (0, 1)
+            )(piece, closed_over)
+            of_floats = [
+                lax.dynamic_update_slice_in_dim(whole, d, i * size, axis)
+                for whole, d in zip(of_floats, d_piece, strict=True)
+            ]
+            return (total + value, of_floats, jax.tree.map(jnp.add, of_closed, d_closed)), None
+
+        sums = [jnp.zeros(x.shape, jnp.float32) for x in closed_over]
+        carry = (jnp.float32(0), jax.tree.map(jnp.zeros_like, floats), sums)
+        total, of_floats, of_closed = lax.scan(add, carry, jnp.arange(count))[0]
+        of_closed = [d.astype(x.dtype) for d, x in zip(of_closed, closed_over, strict=True)]
+        return total / count, (of_floats, of_closed)
+
+    def backward(gradients: tuple[list[Array], list[Array]], out: Array):
+        scaled = jax.tree.map(lambda x: x * (out / count).astype(x.dtype), gradients)
+        return *scaled, [None] * len(others)
+
+    mean.defvjp(forward, backward)
+    return mean(floats, closed_over, others)
+
+
+def _count(tree: Any, axis: int, size: int) -> int:
+    total = jax.tree.leaves(tree)[0].shape[axis]
+    if total % size:
+        raise ValueError(f"chunks of {size} don't divide an axis of {total}")
+    return total // size
+
+
+def _take(tree: Any, axis: int, size: int, index: Array | int) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, index * size, size, axis), tree)
