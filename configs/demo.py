@@ -52,6 +52,11 @@ def get_config(arg: str = ""):
                 clip_norm=1.0,
                 patience_evals=0,
             ),
-            run=RunConfig(eval_every_steps=40, save_every_steps=40, eval_targets=0),
+            run=RunConfig(
+                eval_every_steps=40,
+                save_every_steps=40,
+                eval_targets=0,
+                sample_every_steps=80,
+            ),
         )
     )

@@ -106,6 +106,8 @@ class RunConfig:
     eval_targets: int = 1_000_000  # validation targets during training; 0: the whole split
     save_every_steps: int = 1_000
     keep_checkpoints: int = 2  # the newest ones; the best is kept besides
+    sample_every_steps: int = 5_000  # between clips to listen to, in WORKDIR/samples; 0: none
+    sample_seconds: float = 2.0  # of each of the two clips
     phase_chunk: int = 0  # phases the Transformer runs at once; 0: chosen for the memory
     encode_chunk_patches: int = 0  # patches the dense encoder runs at once; 0: chosen
 
@@ -201,6 +203,7 @@ def _check(config: Config) -> None:
     zero_allowed = {
         "seed", "num_layers", "distinct_positions", "micro_batch_size", "warmup_steps",
         "patience_evals", "eval_targets", "phase_chunk", "encode_chunk_patches",
+        "sample_every_steps",
     }  # fmt: skip
     for section, part in (("model.", model), ("data.", data), ("train.", train), ("run.", run)):
         for field in dataclasses.fields(part):

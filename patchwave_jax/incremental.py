@@ -282,14 +282,16 @@ def _attend_one(
     keys: Float[Array, "B N D"],
     seen: Array,
 ) -> Float[Array, "B D"]:
-    """`attend` for one query a stream, with the products laid out so that no key is moved."""
+    """`attend` for one query a stream, with products and sums laid out as CPUs are fast at."""
     score, score_bias, mix, bias = folded
     (rows, width), heads = query.shape, score_bias.shape[0]
     queries = query @ score.reshape(width, -1) + score_bias.reshape(-1)
     scores = jnp.einsum("bke,bhe->bkh", keys, queries.reshape(rows, heads, width))
-    scores = jnp.where(seen[:, None], scores.astype(jnp.float32), -jnp.inf)
-    weights = jax.nn.softmax(scores, 1).astype(query.dtype)
-    mixed = jnp.einsum("bkh,bke->bhe", weights, keys)
+    scores = jnp.where(seen, jnp.swapaxes(scores, 1, 2).astype(jnp.float32), -jnp.inf)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1, keepdims=True)
+    mixed = jnp.einsum("bhk,bke->bhe", weights.astype(query.dtype), keys)
+    mixed = (mixed / total).astype(query.dtype)
     return mixed.reshape(rows, -1) @ mix.reshape(-1, width) + bias
 
 

@@ -7,9 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorboardX
 from absl import logging
+from jaxtyping import Int16
 from tqdm import tqdm
+
+from patchwave_jax.data.audio import SAMPLE_RATE
 
 
 class Log:
@@ -77,6 +81,12 @@ class Log:
                 )
         else:
             self.say(f"step {step}: {kind} {bits:.4f} bits/sample after {self.minutes:.1f} min")
+
+    def clips(self, step: int, pcm: Int16[np.ndarray, "B T"]) -> None:
+        """Gives TensorBoard clips that were made after `step` steps."""
+        for i, clip in enumerate(pcm):
+            self._board.add_audio(f"sample/{i}", clip / 2.0**15, step, SAMPLE_RATE)
+        self._board.flush()
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""

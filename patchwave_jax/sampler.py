@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float32, Int16, UInt8
+from jaxtyping import Array, Float32, UInt8
 
 from patchwave_jax import quantisers, sliding
 from patchwave_jax.config import Config
-from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError
 from patchwave_jax.incremental import Folded, Incremental, State
 from patchwave_jax.step import replicated
@@ -300,15 +299,3 @@ class Sampler:
         begin = (self._model.extend(state, chunk), jnp.zeros((rows, chunk)))
         end, log_probs = lax.fori_loop(0, count, sample, begin)
         return self._model.shorten(end, count), end.codes[:, first:], log_probs
-
-
-def sample_clips(
-    config: Config, params: Any, mesh: Mesh, *, seconds: float, num: int, seed: int
-) -> Int16[np.ndarray, "B T"]:
-    """`num` short clips from nothing, as PCM: for a look at a model in training."""
-    sampler = Sampler(config, params, mesh, num=num, knobs=Knobs(seed=seed))
-    sampler.prime(np.zeros((num, 0), np.uint8), 0)
-    total, pieces = max(1, round(seconds * SAMPLE_RATE)), []
-    while sampler.position < total:
-        pieces.append(sampler.run(total - sampler.position)[0])
-    return quantisers.get(config.data.quantiser).decode(np.concatenate(pieces, 1))

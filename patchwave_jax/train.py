@@ -23,6 +23,7 @@ from patchwave_jax import (
     checkpoint,
     expected,
     measure,
+    preview,
     quantisers,
     reference,
     sliding,
@@ -136,7 +137,10 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
                         flat_evals=flat,
                         validation_nats=validation,
                     )
-                if done % run.log_every_steps == 0 or saving:
+                sampling = run.sample_every_steps > 0 and done % run.sample_every_steps == 0
+                if sampling and not stop:
+                    log.clips(done, preview.make(config, state["params"], workdir, done, stopping))
+                if done % run.log_every_steps == 0 or saving or sampling:
                     clock, timed = time.monotonic(), done
                 if stop:
                     log.say(f"stopped by a signal; saved step {done}. The same command goes on.")

@@ -1,19 +1,21 @@
 """The cached sampler: against the patch form across slides, its draws, resuming, a small model."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import soundfile as sf
 from conftest import SMALL, random_codes, random_model
 from flax import nnx
 from jax.sharding import AxisType
 from scipy import stats
 
-from patchwave_jax import agreement, quantisers, sampler, sliding
-from patchwave_jax.config import Config, DataConfig, ModelConfig
+from patchwave_jax import agreement, preview, quantisers, sampler, sliding
+from patchwave_jax.config import Config, DataConfig, ModelConfig, RunConfig
 from patchwave_jax.errors import UserError
 from patchwave_jax.sampler import Knobs, Sampler
 
@@ -335,9 +337,18 @@ def test_greedy_continuation_of_a_periodic_signal_continues_the_period():
     np.testing.assert_array_equal(codes[0], signal[5 + 3 * size : 5 + 20 * size])
 
 
-def test_sample_clips_for_a_look_during_training():
-    config, _, params = make(OURS, quantiser="linear")
-    pcm = sampler.sample_clips(config, params, mesh(8), seconds=0.02, num=3, seed=1)
-    assert pcm.shape == (3, 320)
-    assert pcm.dtype == np.int16
-    assert np.isin(pcm, quantisers.get("linear").decode(np.arange(256, dtype=np.uint8))).all()
+@pytest.mark.parametrize("objective", ["last", "dense"])
+def test_clips_made_in_training_are_the_samplers(objective, tmp_path):
+    config, _, params = make(OURS, objective, patches=9, quantiser="linear")
+    config = dataclasses.replace(config, seed=4, run=RunConfig(sample_seconds=0.005))
+    assert preview.make(config, params, tmp_path, 7, lambda: True).size == 0
+    pcm = preview.make(config, params, tmp_path, 7, lambda: False)
+    streams = Sampler(config, params, mesh(), num=2, knobs=Knobs(seed=4))
+    streams.prime(np.zeros((2, 0), np.uint8), 0)
+    codes, log_probs = run_to(streams, 80)
+    np.testing.assert_array_equal(pcm, quantisers.get("linear").decode(codes))
+    for clip in range(2):
+        path = tmp_path / "samples" / f"step00000007_{clip}.wav"
+        np.testing.assert_array_equal(sf.read(path, dtype="int16")[0], pcm[clip])
+        bits = json.loads(path.with_suffix(".json").read_text())["bits_per_sample"]
+        assert bits == pytest.approx(-log_probs[clip].mean() / np.log(2), rel=1e-4)

@@ -67,6 +67,8 @@ def same_bits(a, b) -> None:
 @pytest.mark.parametrize("objective", ["last", "dense"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(objective, data_dir, tmp_path):
     config = dataclasses.replace(small(data_dir), objective=objective)
+    run = dataclasses.replace(config.run, sample_every_steps=4, sample_seconds=0.01)
+    config = dataclasses.replace(config, run=run)
     halfway = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=2))
     assert train(config, tmp_path / "straight")
     assert train(halfway, tmp_path / "resumed")
@@ -75,6 +77,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(objective, data_d
     rows = [metrics(tmp_path / name) for name in ("straight", "resumed")]
     assert rows[0] == rows[1]
     assert [r["step"] for r in rows[0] if r["kind"] == "train"] == [1, 2, 3, 4]
+    clips = [sorted((tmp_path / name / "samples").iterdir()) for name in ("straight", "resumed")]
+    assert [clip.name for clip in clips[0] if clip.suffix == ".wav"] == [
+        "step00000004_0.wav", "step00000004_1.wav"
+    ]  # fmt: skip
+    assert [x.read_bytes() for x in clips[0]] == [x.read_bytes() for x in clips[1]]
+    (events,) = (tmp_path / "straight" / "tensorboard").glob("events*")
+    assert events.read_bytes().count(b"audio/wav") == 2
 
 
 def test_eight_devices_then_four(data_dir, tmp_path, monkeypatch):
