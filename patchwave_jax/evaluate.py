@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         content = records[0] if len(records) == 1 else records
         args.json.write_text(json.dumps(content, indent=2) + "\n")
     if args.plot:
-        figures.save(figures.context_curves(tallies), args.plot)
+        figures.save(figures.context_curves(tallies, width=7), args.plot)
 
 
 def measure_workdir(

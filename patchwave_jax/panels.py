@@ -59,11 +59,11 @@ def context_panels(
         )
     yield picture(
         figures.context_curves({MODEL: growing}),
-        "Bits against the context that was available",
+        "Bits against available context",
         f"Every window of {whole} samples from scratch. Band: 95% interval, mostly of how hard "
         "the targets of a point are: each has its own.",
     )
-    yield picture(figures.position_curve(tally), "Bits against the position in the clip")
+    yield picture(figures.position_curve(tally), "Bits against position in the clip")
 
 
 def excerpts(evaluator: Evaluator, params: Any, targets: Targets) -> Iterator[dict[str, str]]:
@@ -111,7 +111,7 @@ def generated(workdir: Path, extra: Path | None) -> list[dict[str, str]]:
             raise UserError(f"{path} can't be read as audio ({error}); move it away") from error
         about = path.with_suffix(".json")
         known = json.loads(about.read_text()) if about.exists() else {}
-        words = ", ".join([f"{duration:.1f} s", *_of_a_clip(known | known.get("settings", {}))])
+        words = ", ".join([f"{duration:.1f} s", *_of_a_clip(known.get("settings", {}) | known)])
         if len(pcm):
             title = str(path.relative_to(extra or workdir))
             clips.append({"title": title, "words": words, "audio": player(pcm, rate)})

@@ -108,7 +108,7 @@ def page(
         title=f"{workdir.resolve().name}: {split.dataset}, {config.objective} objective",
         subtitle=f"{split.name} split, checkpoint of step {step:,}",
         cards=cards(config, result, nats, params, rows),
-        verdict=_capital(reference.verdict(result.nll_nats, nats)),
+        verdict=_capital(reference.verdict(result.nll_nats, nats, split_name)),
         good=result.nll_nats < min(nats.values()),
         result=str(result),
         expected=expectation(config, split.manifest_hash, rows),

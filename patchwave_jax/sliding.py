@@ -83,7 +83,7 @@ def plan(
         count = max(1, round(len(windows) * max_targets / total))
         rng = np.random.default_rng(seed)
         starts = np.arange(count) * len(windows) // count
-        sizes = np.diff([*starts, len(windows)])
+        sizes = np.diff(starts, append=len(windows))
         picks = (starts + rng.integers(sizes) + rng.integers(len(windows))) % len(windows)
         windows = [windows[i] for i in np.sort(picks)]
     return windows

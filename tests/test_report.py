@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -225,7 +226,11 @@ def test_a_record_matches_its_run_and_only_that(run, data_dir, tmp_path, capsys)
     assert "--overwrite" in capsys.readouterr().err
 
 
-def test_the_packages_records_are_readable():
+def test_the_readme_shows_the_packages_records():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
     for known in expected.records():
-        assert len(known.steps) == len(known.validation_bits) == len(known.minutes) > 0
-        assert expected.table(known).count("\n") > 3
+        assert list(known.steps) == sorted(known.steps)
+        assert len(known.steps) == len(known.validation_bits) == len(known.minutes)
+        assert expected.table(known) in readme, (
+            "put in what python -m patchwave_jax.expected prints"
+        )
