@@ -26,6 +26,7 @@ YARDSTICK_COLOURS = {
     "block-adaptive-32": "#b4637a",
     "block-adaptive-256": "#6d5a9c",
 }
+LEAST_CONTEXT = 64  # samples, of a curve against it
 NARROW = 3.9  # inches, of figures that stand three in a row
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
 STYLE: dict[Any, Any] = {
@@ -67,8 +68,8 @@ def save(figure: Figure, target: Path | io.BytesIO, kind: str | None = None) -> 
 def context_curves(tallies: Mapping[str, Tally], width: float = NARROW) -> Figure:
     """Bits against the available context, of one or several runs by label, with intervals.
 
-    Bins of few units, whose level says little, are left out. The yardsticks of the last run are
-    drawn where they come near.
+    Bins of few units, whose level says little, are left out, and so are contexts of a few samples,
+    whose bits are off any scale. The yardsticks of the last run are drawn where they come near.
     """
     figure, (axes,) = make(height=0.85 * width, width=width)
     curves = {label: _reliable(tally.by_context()) for label, tally in tallies.items()}
@@ -106,8 +107,8 @@ def shortage_curve(tally: Tally) -> Figure:
 
 
 def _reliable(points: Sequence[Point]) -> Sequence[Point]:
-    """Those that have an interval; all, if none has."""
-    return [point for point in points if point.bits_low is not None] or points
+    """Those that have an interval and some context; all, if none has."""
+    return [p for p in points if p.bits_low is not None and p.low >= LEAST_CONTEXT] or points
 
 
 def position_curve(tally: Tally) -> Figure:
