@@ -2,11 +2,19 @@
 
 Prints nats and bits per sample with the quantiser, the number of targets, the context they had
 and a 95% interval; then the NLL against the context and per source file, with the yardsticks
-beside it where `--yardsticks` asks for them. The protocol is that of `patchwave_jax.sliding`:
-`--clip_samples=131072 --drop_last` on a model of the sashimi quantiser, with as much context, is
-that of the published YouTube-Mix numbers; a stride of the whole context shows best what context
-is worth. Several `--workdir`, which may differ in context, are measured in turn and drawn into
-one figure.
+beside it where `--yardsticks` asks for them. The protocol is that of `patchwave_jax.sliding`.
+
+The published YouTube-Mix numbers are clips from scratch, of a model trained on the sashimi
+quantiser (--config.data.quantiser=sashimi) with 131,072 samples of context or a little more:
+
+    python -m patchwave_jax.evaluate --workdir=DIR --split=test --quantiser=sashimi \\
+        --clip_samples=131072 --drop_last
+
+What context is worth, of one or several runs in one figure, each from the start of every clip
+up to its own context, on the same targets:
+
+    python -m patchwave_jax.evaluate --workdir=A --workdir=B --clip_samples=LONGEST_CONTEXT \\
+        --plot=context.png
 """
 
 import argparse
@@ -111,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--drop_last", action="store_true", help="leave out clips shorter than --clip_samples"
     )
-    parser.add_argument("--quantiser", help="fail unless the model is of this one")
+    parser.add_argument("--quantiser", help="fail unless the model was trained on this one")
     parser.add_argument(
         "--max_targets", type=int, default=0, help="about so many, spread evenly; 0: all"
     )
@@ -138,12 +146,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{about['dataset']} {args.split}, step {about['step']}: {result}")
         print(f"\n{tables(tally)}\n", flush=True)
         records.append(as_json(result, tally) | about)
-        tallies[workdir] = tally
+        tallies[f"{workdir}, {about['context_samples']:,} samples"] = tally
     if args.json:
         content = records[0] if len(records) == 1 else records
         args.json.write_text(json.dumps(content, indent=2) + "\n")
     if args.plot:
-        figures.save(figures.context_curves(tallies), args.plot)
+        figures.save(figures.context_curves(tallies, width=7), args.plot)
 
 
 def measure_workdir(
@@ -169,6 +177,7 @@ def measure_workdir(
     about = {
         "split": args.split,
         "step": step,
+        "context_samples": config.context_samples,
         "dataset": split.dataset,
         "manifest_hash": split.manifest_hash,
         "workdir": workdir,

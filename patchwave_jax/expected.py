@@ -1,7 +1,7 @@
 """What to expect: validation bits after so many steps, from runs that were done before.
 
+    python -m patchwave_jax.expected                             # the tables of all records
     python -m patchwave_jax.expected --workdir=DIR --name=demo   # a run becomes a record
-    python -m patchwave_jax.expected                             # the table of all records
 
 Records come with the package, in `expected_runs/NAME.json`. A run is compared with a record if
 what is learned from what is the same: the network, the recipe, the data and its manifest.
@@ -10,12 +10,14 @@ what is learned from what is the same: the network, the recipe, the data and its
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import patchwave_jax
 from patchwave_jax.checkpoint import Checkpoints
@@ -41,12 +43,11 @@ class Expected:
     validation_bits: tuple[float, ...]
     quantiser: str
 
-    def at(self, step: int) -> tuple[float, float] | None:
-        """`(bits, minutes)` after `step`, if it was validated then."""
-        if step not in self.steps:
+    def at(self, step: int) -> float | None:
+        """Bits after `step`, between two validations on the line through them."""
+        if not self.steps[0] <= step <= self.steps[-1]:
             return None
-        i = self.steps.index(step)
-        return self.validation_bits[i], self.minutes[i]
+        return float(np.interp(step, self.steps, self.validation_bits))
 
 
 def essence(config: Config) -> dict[str, Any]:
@@ -54,6 +55,26 @@ def essence(config: Config) -> dict[str, Any]:
     tree = json.loads(json.dumps(dataclasses.asdict(config)))
     del tree["run"], tree["data"]["data_dir"], tree["train"]["micro_batch_size"]
     return tree
+
+
+def history(workdir: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of metrics.jsonl by their kind."""
+    path, rows = workdir / "metrics.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+            rows.setdefault(row["kind"], []).append(row)
+        except (ValueError, KeyError):  # cut short by a kill
+            continue
+    return rows
+
+
+def this_machine() -> str:
+    """What JAX computes on here."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return f"{os.cpu_count()} CPU cores"
+    return f"{jax.device_count()} x {device.device_kind}"
 
 
 def record(workdir: Path, name: str) -> Expected:
@@ -64,15 +85,14 @@ def record(workdir: Path, name: str) -> Expected:
     """
     with Checkpoints(workdir) as checkpoints:
         stored = checkpoints.record(checkpoints.choose(None))
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if row["kind"] == "validation"]
+    rows = history(workdir).get("validation")
     if not rows:
-        raise UserError(f"{path} holds no validation; train with a lower run.eval_every_steps")
-    device = jax.devices()[0]
+        raise UserError(
+            f"{workdir}/metrics.jsonl holds no validation; train with a lower run.eval_every_steps"
+        )
     return Expected(
         name=name,
-        hardware=f"{jax.device_count()} x {device.device_kind}",
+        hardware=this_machine(),
         code_version=patchwave_jax.__version__,
         manifest_hash=stored.manifest_hash,
         config=essence(stored.config),
@@ -113,27 +133,33 @@ def compare(expected: Expected, step: int, bits: float) -> str | None:
     known = expected.at(step)
     if known is None:
         return None
-    words = f"expected after step {step}: {known[0]:.4f} bits ({expected.name})"
-    if abs(bits - known[0]) <= TOLERANCE_BITS:
+    words = f"expected after step {step}: {known:.4f} bits ({expected.name})"
+    if abs(bits - known) <= TOLERANCE_BITS:
         return f"{words}; this run is on track with {bits:.4f}"
-    worse = bits > known[0]
+    worse = bits > known
     return (
-        f"{words}; this run has {bits:.4f}, {abs(bits - known[0]):.2f} bits "
+        f"{words}; this run has {bits:.4f}, {abs(bits - known):.2f} bits "
         f"{'WORSE: something is different' if worse else 'better'}"
     )
 
 
-def table(known: Sequence[Expected]) -> str:
-    """Markdown: validation bits after steps and minutes."""
-    lines = ["| run | hardware | step | minutes | validation bits |", "|---|---|--:|--:|--:|"]
-    for expected in known:
-        count = len(expected.steps)
-        chosen = sorted({round(i * (count - 1) / max(1, ROWS - 1)) for i in range(ROWS)})
-        for i in chosen:
-            lines.append(
-                f"| {expected.name} | {expected.hardware} | {expected.steps[i]:,} "
-                f"| {expected.minutes[i]:.1f} | {expected.validation_bits[i]:.3f} |"
-            )
+def table(expected: Expected) -> str:
+    """Markdown: validation bits after steps and minutes, and all that they depend on."""
+    config, count = expected.config, len(expected.steps)
+    lines = [
+        f"**{expected.name}**: {config['data']['dataset']}, objective {config['objective']}, "
+        f"quantiser {expected.quantiser}, context up to {config['context_samples']:,} samples; "
+        f"{expected.hardware}",
+        "",
+        "| step | minutes | validation, bits per sample |",
+        "|--:|--:|--:|",
+    ]
+    chosen = sorted({round(i * (count - 1) / (ROWS - 1)) for i in range(ROWS)})
+    for i in chosen:
+        lines.append(
+            f"| {expected.steps[i]:,} | {expected.minutes[i]:.1f} "
+            f"| {expected.validation_bits[i]:.3f} |"
+        )
     return "\n".join(lines)
 
 
@@ -147,13 +173,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--workdir", type=Path, help="a finished run to make a record of")
     parser.add_argument("--name", help="what to call it")
-    parser.add_argument("--hardware", help="what it ran on; default: this machine")
+    parser.add_argument("--hardware", help="what it was trained on; default: this machine")
     parser.add_argument("--out", type=Path, help="folder of records; default: the package's")
     parser.add_argument("--overwrite", action="store_true", help="replace a record")
     args = parser.parse_args(argv)
     folder = args.out or Path(str(resources.files("patchwave_jax") / FOLDER))
     if args.workdir is None:
-        print(table(records(args.out)))
+        print("\n\n".join(map(table, records(args.out))) or "no records yet")
         return
     if not args.name:
         raise UserError("--name is missing: what the record is called")
@@ -165,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         made = dataclasses.replace(made, hardware=args.hardware)
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dataclasses.asdict(made), indent=1) + "\n")
-    print(f"wrote {path}\n\n{table([made])}")
+    print(f"wrote {path}\n\n{table(made)}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ YARDSTICK_COLOURS = {
     "block-adaptive-32": "#b4637a",
     "block-adaptive-256": "#6d5a9c",
 }
+LEAST_CONTEXT = 64  # samples, of a curve against it
+NARROW = 3.9  # inches, of figures that stand three in a row
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10.5,
@@ -39,7 +42,6 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.8,
     "xtick.color": INK,
     "ytick.color": INK,
-    "legend.frameon": False,
     "svg.fonttype": "none",
 }
 
@@ -63,13 +65,13 @@ def save(figure: Figure, target: Path | io.BytesIO, kind: str | None = None) -> 
         raise UserError(f"{target} can't be drawn: {error}") from error
 
 
-def context_curves(tallies: Mapping[str, Tally]) -> Figure:
+def context_curves(tallies: Mapping[str, Tally], width: float = NARROW) -> Figure:
     """Bits against the available context, of one or several runs by label, with intervals.
 
-    Bins that hold a single unit, whose level says little, are left out. The yardsticks of the
-    last run are drawn where they come near.
+    Bins of few units, whose level says little, are left out, and so are contexts of a few samples,
+    whose bits are off any scale. The yardsticks of the last run are drawn where they come near.
     """
-    figure, (axes,) = make(height=3.9)
+    figure, (axes,) = make(height=0.85 * width, width=width)
     curves = {label: _reliable(tally.by_context()) for label, tally in tallies.items()}
     for (label, points), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
         curve(axes, [max(point.mean, 1.0) for point in points], points, colour, label)
@@ -88,13 +90,14 @@ def context_curves(tallies: Mapping[str, Tally]) -> Figure:
     axes.set(xlabel="context available to the prediction (samples)", ylabel="bits per sample")
     longest = max(tally.context_max for tally in tallies.values())
     context_axis(axes, max(1, min(point.low for point in every)), longest)
-    axes.legend(fontsize=8)
+    if len(axes.lines) > 1:
+        axes.legend(**LEGEND)
     return figure
 
 
 def shortage_curve(tally: Tally) -> Figure:
     """What a short context costs, against that context (see `measure.measure_shortage`)."""
-    figure, (axes,) = make(height=3.9)
+    figure, (axes,) = make(height=0.85 * NARROW, width=NARROW)
     points = _reliable(tally.by_context())
     axes.axhline(0, color=FAINT, lw=1)
     curve(axes, [point.mean for point in points], points, COLOURS[0])
@@ -104,13 +107,13 @@ def shortage_curve(tally: Tally) -> Figure:
 
 
 def _reliable(points: Sequence[Point]) -> Sequence[Point]:
-    """Those of more than one unit; all, if no bin has as many."""
-    return [point for point in points if point.bits_low is not None] or points
+    """Those that have an interval and some context; all, if none has."""
+    return [p for p in points if p.bits_low is not None and p.low >= LEAST_CONTEXT] or points
 
 
 def position_curve(tally: Tally) -> Figure:
     """Bits against the position in the clip."""
-    figure, (axes,) = make(height=3.9)
+    figure, (axes,) = make(height=0.85 * NARROW, width=NARROW)
     points = tally.by_position()
     curve(axes, [point.mean / SAMPLE_RATE for point in points], points, COLOURS[0])
     axes.set(xlabel="position in the clip (s)", ylabel="bits per sample")
@@ -130,10 +133,11 @@ def curve(
 
 def context_axis(axes: Axes, shortest: int, longest: int) -> None:
     """A log axis of samples."""
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log")
     axes.set_xlim(shortest / 1.1, longest * 1.15)
-    octaves = range(math.ceil(math.log2(shortest)), math.ceil(math.log2(longest / 1.4)))
-    ticks = [2**k for k in octaves[:: max(1, len(octaves) // 5)]] + [longest]
+    decades = longest / shortest > 100
+    round_numbers = [m * 10**k for k in range(7) for m in ((1,) if decades else (1, 2, 5))]
+    ticks = [n for n in round_numbers if shortest <= n < longest / 1.7] + [longest]
     axes.set_xticks(ticks, [_short(tick) for tick in ticks])
     axes.minorticks_off()
 
@@ -172,13 +176,13 @@ def loss_curves(
             axes.annotate(
                 name,
                 (steps[0], value),
-                (0, 2),
+                (0, 4),
                 textcoords="offset points",
                 fontsize=8,
                 color=colour,
             )
     axes.set(xlabel="step", ylabel="bits per sample", ylim=(0, top))
-    axes.legend(loc="lower right", fontsize=9, ncols=2)
+    axes.legend(loc="lower right", ncols=2, **LEGEND)
     return figure
 
 
@@ -207,7 +211,7 @@ def reliability(calibration: Calibration) -> Figure:
         xscale="log", yscale="log", xlim=(1e-5, 1.3), ylim=(1e-5, 1.3),
         xlabel="stated probability of a code", ylabel="share of such codes that came",
     )  # fmt: skip
-    axes.legend(fontsize=9)
+    axes.legend(**LEGEND)
     return figure
 
 

@@ -32,7 +32,7 @@ class Result:
 
     nll_nats: float
     nll_bits: float
-    bits_low: float | None  # 95% interval; None where there is but one unit to resample
+    bits_low: float | None  # 95% interval; None where there are too few units to resample
     bits_high: float | None
     interval_over: str
     quantiser: str

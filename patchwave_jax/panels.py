@@ -38,10 +38,10 @@ def _data_uri(mime: str, content: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
-def player(pcm: np.ndarray) -> str:
-    """16 kHz PCM as a WAV in a data URI."""
+def player(pcm: np.ndarray, rate: int = SAMPLE_RATE) -> str:
+    """PCM as a WAV in a data URI."""
     content = io.BytesIO()
-    sf.write(content, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    sf.write(content, pcm, rate, format="WAV", subtype="PCM_16")
     return _data_uri("audio/wav", content.getvalue())
 
 
@@ -59,11 +59,11 @@ def context_panels(
         )
     yield picture(
         figures.context_curves({MODEL: growing}),
-        "Bits against the context that was available",
+        "Bits against available context",
         f"Every window of {whole} samples from scratch. Band: 95% interval, mostly of how hard "
         "the targets of a point are: each has its own.",
     )
-    yield picture(figures.position_curve(tally), "Bits against the position in the clip")
+    yield picture(figures.position_curve(tally), "Bits against position in the clip")
 
 
 def excerpts(evaluator: Evaluator, params: Any, targets: Targets) -> Iterator[dict[str, str]]:
@@ -105,20 +105,25 @@ def generated(workdir: Path, extra: Path | None) -> list[dict[str, str]]:
     clips = []
     for path in [p for p in paths if not p.stem.endswith("_original")][:MOST_GENERATED]:
         try:
-            pcm, rate = sf.read(path, frames=GENERATED_SECONDS * SAMPLE_RATE, dtype="int16")
+            duration, rate = sf.info(path).duration, sf.info(path).samplerate
+            pcm, _ = sf.read(path, frames=GENERATED_SECONDS * rate, dtype="int16")
         except sf.SoundFileError as error:
             raise UserError(f"{path} can't be read as audio ({error}); move it away") from error
-        words = [f"{sf.info(path).duration:.1f} s"]
         about = path.with_suffix(".json")
-        if about.exists():
-            known = json.loads(about.read_text())
-            words += [
-                f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else
-                f"{name.replace('_', ' ')} {value}"
-                for name, value in known.items()
-                if isinstance(value, (str, int, float)) and value != ""
-            ]  # fmt: skip
-        if rate == SAMPLE_RATE and len(pcm):
+        known = json.loads(about.read_text()) if about.exists() else {}
+        words = ", ".join([f"{duration:.1f} s", *_of_a_clip(known.get("settings", {}) | known)])
+        if len(pcm):
             title = str(path.relative_to(extra or workdir))
-            clips.append({"title": title, "words": ", ".join(words), "audio": player(pcm)})
+            clips.append({"title": title, "words": words, "audio": player(pcm, rate)})
     return clips
+
+
+def _of_a_clip(known: dict[str, Any]) -> Iterator[str]:
+    """What is worth telling of a generated clip, where it is known and not as usual."""
+    if known.get("bits_per_sample") is not None:
+        yield f"{known['bits_per_sample']:.3f} bits per sample"
+    usual = {"step": None, "prompt": "", "temperature": None, "top_k": 0, "top_p": 1, "seed": None}
+    for name, nothing in usual.items():
+        value = known.get(name)
+        if isinstance(value, (str, int, float)) and value != nothing:
+            yield f"{name} {value}"

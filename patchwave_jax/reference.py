@@ -53,12 +53,12 @@ def yardsticks_on(
     return {name: values[name] for name in names}
 
 
-def verdict(nats: float, yardstick_nats: Mapping[str, float]) -> str:
-    """What a validation NLL says beside the yardsticks on the same targets, in one sentence."""
+def verdict(nats: float, yardstick_nats: Mapping[str, float], split: str = "validation") -> str:
+    """What the NLL of `split` says beside the yardsticks on the same targets, in one sentence."""
     ordered = sorted(yardstick_nats.items(), key=lambda item: -item[1])
     beaten = [name for name, value in ordered if nats < value]
     better = [f"{name} {value / LN2:.4f}" for name, value in ordered if nats >= value]
-    own = f"validation {nats / LN2:.4f} bits"
+    own = f"{split} {nats / LN2:.4f} bits"
     if not better:
         return f"{own} is below all yardsticks, the best of which is {_best(ordered)}"
     if not beaten:

@@ -8,13 +8,11 @@ clips in WORKDIR/samples and WORKDIR/generated (or `--generated=DIR`).
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jinja2
 
 import patchwave_jax
@@ -29,18 +27,6 @@ from patchwave_jax.step import count_parameters
 from patchwave_jax.tally import LN2, MODEL, Tally
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
-
-
-def history(workdir: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of metrics.jsonl by their kind."""
-    path, rows = workdir / "metrics.jsonl", {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-            rows.setdefault(row["kind"], []).append(row)
-        except (ValueError, KeyError):  # cut short by a kill
-            continue
-    return rows
 
 
 def file_rows(tally: Tally) -> list[dict[str, Any]]:
@@ -105,7 +91,7 @@ def page(
     growing = measure.measure(evaluator, params, grown)
     shortage = measure.measure_shortage(evaluator, params, grown)
     calibration = calibrate(evaluator, params, targets)
-    rows = history(workdir)
+    rows = expected.history(workdir)
     training = []
     if rows.get("train"):
         losses = figures.loss_curves(rows["train"], rows.get("validation", []), nats)
@@ -122,7 +108,7 @@ def page(
         title=f"{workdir.resolve().name}: {split.dataset}, {config.objective} objective",
         subtitle=f"{split.name} split, checkpoint of step {step:,}",
         cards=cards(config, result, nats, params, rows),
-        verdict=_capital(reference.verdict(result.nll_nats, nats)),
+        verdict=_capital(reference.verdict(result.nll_nats, nats, split_name)),
         good=result.nll_nats < min(nats.values()),
         result=str(result),
         expected=expectation(config, split.manifest_hash, rows),
@@ -200,14 +186,13 @@ def commands(workdir: Path) -> list[str]:
 
 
 def versions(config: Config, manifest_hash: str) -> list[tuple[str, str]]:
-    device = jax.devices()[0]
     return [
         ("dataset", config.data.dataset),
         ("manifest", manifest_hash[:16]),
         ("patchwave_jax", patchwave_jax.__version__),
         *((name, importlib.metadata.version(name)) for name in PACKAGES),
         ("Python", platform.python_version()),
-        ("measured on", f"{jax.device_count()} x {device.device_kind}"),
+        ("measured on", expected.this_machine()),
     ]
 
 

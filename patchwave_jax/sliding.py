@@ -62,8 +62,8 @@ def plan(
 ) -> list[Window]:
     """The windows over clips of these lengths.
 
-    With `max_targets`, about so many targets from windows at even distances; where they start
-    is drawn, so that every window is as likely.
+    With `max_targets`, about so many targets: windows of at most `stride` patches, one drawn from
+    each of equally long runs of them, so that all are as likely.
     """
     size, patches = config.model.patch_samples, config.patches
     if not 1 <= stride <= patches:
@@ -79,11 +79,28 @@ def plan(
             windows.append(Window(clip, first, end, patches, stride))
     total = sum(w.end - w.first for w in windows)
     if max_targets and total > max_targets:
+        windows = [piece for window in windows for piece in _pieces(window, stride, config)]
         count = max(1, round(len(windows) * max_targets / total))
-        offset = np.random.default_rng(seed).uniform()
-        picks = ((np.arange(count) + offset) * len(windows) / count).astype(int)
-        windows = [windows[i] for i in picks]
+        rng = np.random.default_rng(seed)
+        starts = np.arange(count) * len(windows) // count
+        sizes = np.diff(starts, append=len(windows))
+        picks = (starts + rng.integers(sizes) + rng.integers(len(windows))) % len(windows)
+        windows = [windows[i] for i in np.sort(picks)]
     return windows
+
+
+def _pieces(window: Window, stride: int, config: Config) -> Iterator[Window]:
+    """A window as windows of at most `stride` patches of targets, whose predictions are the same.
+
+    Only a clip's first window has more.
+    """
+    size = config.model.patch_samples
+    for first in range(window.first, window.end, stride * size):
+        newest = min(stride, window.newest - (first - window.first) // size)
+        patches = window.patches
+        if config.objective == "dense":  # a window that grows from the clip's start
+            patches -= window.newest - newest - (first - window.first) // size
+        yield Window(window.clip, first, min(first + newest * size, window.end), patches, newest)
 
 
 class Evaluator:
@@ -94,7 +111,7 @@ class Evaluator:
         graphdef, self.abstract_params = graphdef_and_params(config)
         self.rows = mesh.size * max(1, BATCH_SAMPLES // config.context_samples)
         plain = dataclasses.replace(config.train, hop=1)
-        phase_chunk, chunk_patches = choose_chunks(
+        phase_chunk, self._chunk_patches = choose_chunks(
             dataclasses.replace(config, train=plain), self.rows // mesh.size, mesh.devices.flat[0]
         )
 
@@ -105,7 +122,7 @@ class Evaluator:
                 segments,
                 newest=newest,
                 phase_chunk=phase_chunk,
-                chunk_patches=chunk_patches if patches % chunk_patches == 0 else 0,
+                chunk_patches=min(patches, self._chunk_patches),
             )
 
         self._log_probs = jax.jit(
@@ -137,23 +154,43 @@ class Evaluator:
         waiting: dict[tuple[int, int], list[tuple[Window, UInt8[np.ndarray, " T"]]]]
         waiting = collections.defaultdict(list)
         for window, codes in segments:
-            group = waiting[window.patches, window.newest]
+            shape = self._shape(window)
+            group = waiting[shape]
             group.append((window, codes))
             if len(group) == self.rows:
-                yield from self._run(params, group)
+                yield from self._run(params, shape, group)
                 group.clear()
-        for group in waiting.values():
+        for shape, group in waiting.items():
             if group:
-                yield from self._run(params, group)
+                yield from self._run(params, shape, group)
 
-    def _run(self, params: Any, group: list[tuple[Window, np.ndarray]]) -> Iterator[Scored]:
-        codes = np.stack([codes for _, codes in group])
-        padding = np.repeat(codes[:1], self.rows - len(group), 0)
-        batch = np.concatenate([codes, padding])
-        log_probs = np.asarray(self._log_probs(params, batch, group[0][0].newest))
-        size = self.config.model.patch_samples
+    def _shape(self, window: Window) -> tuple[int, int]:
+        """`(patches, newest)` of the program that computes a window.
+
+        The windows of short clips, and pieces of a clip's first window, are of all lengths. They
+        share a few programs, which read more patches than they need: silence behind the window,
+        where a causal model's targets don't look.
+        """
+        if window.patches == self.config.patches:
+            return window.patches, window.newest
+        unit, most = 1, self._chunk_patches  # that are encoded at once
+        if window.patches > most:
+            unit, most = most, self.config.patches
+        patches = min(most, unit << (-(-window.patches // unit) - 1).bit_length())
+        return patches, patches
+
+    def _run(
+        self, params: Any, shape: tuple[int, int], group: list[tuple[Window, np.ndarray]]
+    ) -> Iterator[Scored]:
+        (patches, newest), size = shape, self.config.model.patch_samples
+        batch = np.full((self.rows, (patches + 1) * size), quantisers.SILENCE, np.uint8)
+        for row, (_, codes) in zip(batch, group, strict=False):
+            row[: codes.size] = codes
+        log_probs = np.asarray(self._log_probs(params, batch, newest))
         for (window, _), row in zip(group, log_probs, strict=False):
-            yield Scored(window, row[: window.end - window.first], contexts(window, size))
+            skipped = (window.patches - window.newest - patches + newest) * size
+            row = row[skipped : skipped + window.end - window.first]
+            yield Scored(window, row, contexts(window, size))
 
 
 def segment(

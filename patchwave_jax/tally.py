@@ -22,6 +22,7 @@ LN2 = math.log(2)
 MODEL = "model"  # the name of its row, beside those of the yardsticks
 LEVEL = 0.95  # of all intervals
 RESAMPLES = 2_000
+FEWEST_UNITS = 5  # of an interval: less say next to nothing of how far they spread
 ENOUGH_RECORDINGS = 10  # to resample recordings; with fewer, blocks of them
 BLOCK_SECONDS = 10.0  # at most
 ENOUGH_BLOCKS = 20  # blocks are shorter than that only to be so many
@@ -32,7 +33,7 @@ MOST_POSITION_BINS = 120
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The NLL of some targets. The interval is absent where there is but one unit."""
+    """The NLL of some targets. The interval is absent where there are few units."""
 
     targets: int
     nll_nats: float
@@ -233,19 +234,19 @@ def bootstrap(
 
     Percentiles of resampled ratios, expanded for few units as in Hesterberg (2015, "What teachers
     should know about the bootstrap", section 3.3): a plain percentile interval of n units is as
-    narrow as a normal one with variance / n. NaN where a column has fewer than two units.
+    narrow as a normal one with variance / n. NaN where a column has too few units.
     """
     occupied = counts.sum(1) > 0
     sums, counts = sums[occupied], counts[occupied]
     units = (counts > 0).sum(0)
     low, high = np.full((2, sums.shape[1]), np.nan)
-    if len(sums) < 2:
+    if len(sums) < FEWEST_UNITS:
         return low, high
     draws = np.random.default_rng(seed).multinomial(
         len(sums), np.full(len(sums), 1 / len(sums)), size=resamples
     )
     drawn_sums, drawn_counts = draws @ sums, draws @ counts
-    for i in np.flatnonzero(units >= 2):
+    for i in np.flatnonzero(units >= FEWEST_UNITS):
         n, some = units[i], drawn_counts[:, i] > 0
         ratios = drawn_sums[some, i] / drawn_counts[some, i]
         tail = stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 - LEVEL) / 2, n - 1))

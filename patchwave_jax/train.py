@@ -48,6 +48,7 @@ from patchwave_jax.step import (
 )
 
 PAPER_PARAMETERS = "3.14M"
+_CONFIGS = "configs/demo.py, ctx128k.py, ctx512k.py, ctx1m.py (or ctx128k.py:dense and so on)"
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
@@ -257,9 +258,31 @@ def closing_words(
         f"checkpoints:  {workdir}/checkpoints",
         f"metrics:      {workdir}/metrics.jsonl and {workdir}/tensorboard",
         "go on with:",
-        f"  python -m patchwave_jax.evaluate --workdir={workdir} --split=test",
+        f"  python -m patchwave_jax.evaluate --workdir={workdir} --split=test --yardsticks",
+        f"  python -m patchwave_jax.generate --workdir={workdir} --seconds=4 "
+        f"--out={workdir}/generated",
+        f"  python -m patchwave_jax.report --workdir={workdir}   # one page: curves, tables, audio",
     ]
     return "\n".join(lines)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """As absl does; what is wrong with `--config` is a `UserError`."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        missing = not list(_CONFIG.value or ())  # a file that is not there shows only now
+    except OSError as error:
+        name = flags.FLAGS["config"].config_filename  # pyright: ignore
+        raise UserError(f"--config={name} is no file; those that come along: {_CONFIGS}") from error
+    except AttributeError as error:
+        if not isinstance(error.args[0], KeyError):
+            raise
+        name, *hint = error.args[0].args[0].splitlines()
+        hint = hint[0] if hint else "patchwave_jax/config.py lists all"
+        raise UserError(f"--config has no field {name}. {hint}") from error
+    if missing:
+        raise UserError(f"--config is missing; those that come along: {_CONFIGS}")
+    return rest
 
 
 def main(argv: list[str]) -> None:
@@ -272,7 +295,11 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "A file of configs/, such as configs/ctx128k.py:dense. Its fields, listed in "
+        "patchwave_jax/config.py, are set like this: --config.train.batch_size=8.",
+    )
     _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/CONFIG.")
-    flags.mark_flag_as_required("config")
-    app.run(exits_cleanly(main))
+    exits_cleanly(app.run)(main, None, parse_flags)

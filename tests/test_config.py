@@ -2,13 +2,16 @@
 
 import dataclasses
 import importlib.util
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
 from patchwave_jax.config import Config, from_config_dict, to_config_dict
-from patchwave_jax.errors import UserError
+from patchwave_jax.errors import EXIT_CODE, UserError
 from patchwave_jax.step import count_parameters, make_mesh, make_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -121,3 +124,18 @@ def test_a_configuration_survives_its_dict():
     config = load("ctx1m", "dense")
     assert from_config_dict(to_config_dict(config)) == config
     assert from_config_dict(dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=configs/none.py"], "--config=configs/none.py is no file; .* configs/demo.py"),
+        (["--config=configs/demo.py", "--config.train.batchsize=3"], 'batchsize.*"batch_size"'),
+    ],
+)
+def test_a_mistyped_flag_is_one_clear_line(flags, message):
+    command = [sys.executable, "-m", "patchwave_jax.train", *flags]
+    run = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, check=False)
+    assert run.returncode == EXIT_CODE
+    assert run.stderr.count("\n") == 1
+    assert re.search(message, run.stderr)

@@ -1,11 +1,13 @@
 """The report in a real browser, calibration, and records of runs to expect."""
 
 import base64
+import dataclasses
 import html.parser
 import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -199,9 +201,11 @@ def test_calibration_counts_what_a_loop_counts(data_dir):
 
 
 def test_a_record_matches_its_run_and_only_that(run, data_dir, tmp_path, capsys):
-    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().rpartition("\n")[0])
     expected.main([f"--workdir={run}", "--name=small", f"--out={tmp_path}"])
-    assert "| small |" in capsys.readouterr().out
+    assert (
+        "**small**: audio_folder, objective dense, quantiser mulaw, context up to 240"
+        in capsys.readouterr().out
+    )
     (known,) = expected.records(tmp_path)
     assert (known.steps, known.validation_bits) == ((1, 2, 3), (4.0, 3.0, 2.0))
     config = make_config(data_dir)
@@ -213,13 +217,20 @@ def test_a_record_matches_its_run_and_only_that(run, data_dir, tmp_path, capsys)
     assert expected.matching(config, "other data", [known]) is None
     assert "on track" in str(expected.compare(known, 2, 3.05))
     assert "1.50 bits WORSE" in str(expected.compare(known, 2, 4.5))
+    assert "1.00 bits better" in str(expected.compare(known, 2, 2.0))
     assert expected.compare(known, 7, 4.5) is None
+    sparse = dataclasses.replace(known, steps=(10, 20, 40))
+    assert "after step 25: 2.7500 bits" in str(expected.compare(sparse, 25, 2.8))
     with pytest.raises(SystemExit):
         expected.main([f"--workdir={run}", "--name=small", f"--out={tmp_path}"])
     assert "--overwrite" in capsys.readouterr().err
 
 
-def test_the_packages_records_are_readable():
+def test_the_readme_shows_the_packages_records():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
     for known in expected.records():
-        assert len(known.steps) == len(known.validation_bits) == len(known.minutes) > 0
-        assert expected.table([known]).count("\n") > 1
+        assert list(known.steps) == sorted(known.steps)
+        assert len(known.steps) == len(known.validation_bits) == len(known.minutes)
+        assert expected.table(known) in readme, (
+            "put in what python -m patchwave_jax.expected prints"
+        )

@@ -130,22 +130,48 @@ def test_stride_of_the_whole_context_starts_every_window_from_scratch():
 
 @pytest.mark.parametrize(("stride", "max_targets"), [(1, 700), (2, 500), (PATCHES, 900)])
 def test_a_sample_of_targets_is_unbiased_and_even(stride, max_targets):
-    """Over the draws, every window comes equally often; in each, neighbours are equally far."""
+    """Over the draws, every target comes equally often; in each, they come from all over."""
     config, lengths = make_config("dense"), [SIZE * 30, SIZE * 7 + 5, SIZE * 3]
-    everything = plan(lengths, config, stride)
-    place = {window: i for i, window in enumerate(everything)}
-    total = sum(window.end - window.first for window in everything)
-    times, draws = collections.Counter(), 4_000
+    times, draws, total = [np.zeros(length) for length in lengths], 4_000, sum(lengths)
+    sums, counts = np.zeros((2, draws))
     for seed in range(draws):
         windows = plan(lengths, config, stride, max_targets, seed)
-        gaps = np.diff([place[window] for window in windows])
-        assert gaps.size == 0 or gaps.max() - gaps.min() <= 1
-        times.update(windows)
-    expected = draws * len(windows) / len(everything)
-    assert abs(expected / draws - max_targets / total) < 0.5 / len(everything) + 1e-9
-    counts = np.array([times[window] for window in everything])
-    np.testing.assert_allclose(counts, expected, atol=5 * np.sqrt(expected))
-    assert plan(lengths, config, stride, max_targets=total) == everything
+        places = [sum(lengths[: window.clip]) + window.first for window in windows]
+        assert np.diff(places, append=places[0] + total).max() <= 2.5 * total / len(windows)
+        for window in windows:
+            times[window.clip][window.first : window.end] += 1
+            targets = window.end - window.first
+            sums[seed] += targets * (window.first < PATCHES * SIZE)
+            counts[seed] += targets
+    pieces = sum(-(-length // (stride * SIZE)) for length in lengths)
+    expected = draws * len(windows) / pieces
+    assert abs(len(windows) - pieces * max_targets / total) < 0.5 + 1e-9
+    np.testing.assert_allclose(np.concatenate(times), expected, atol=5 * np.sqrt(expected))
+    # The share of those whose context still grows is what it is in all of the clips.
+    truth = sum(min(length, PATCHES * SIZE) for length in lengths) / total
+    assert (sums / counts).mean() == pytest.approx(truth, rel=0.05)
+    assert plan(lengths, config, stride, total) == plan(lengths, config, stride)
+
+
+def test_a_sample_of_targets_does_not_fall_into_step_with_the_clips():
+    """Half of the windows of clips that have two each are both firsts and seconds."""
+    lengths, config = [SIZE * 2 * PATCHES] * 50, make_config("dense")
+    windows = plan(lengths, config, PATCHES, sum(lengths) // 2)
+    assert 10 < sum(window.first == 0 for window in windows) < 40
+
+
+@pytest.mark.parametrize("objective", ["dense", "last"])
+def test_a_sampled_target_has_the_same_log_probability(objective):
+    """Also those of a clip's first window, which is cut into pieces."""
+    model = random_model(SMALL, causal=objective == "dense")
+    clips, config = [random_codes(SIZE * 9 + 17)], make_config(objective)
+    everything, reach = score(config, model, clips, 3)
+    for seed in range(3):
+        sample, sample_reach = score(config, model, clips, 3, max_targets=400, seed=seed)
+        there = ~np.isnan(sample[0])
+        assert 0 < there.sum() < 600
+        np.testing.assert_allclose(sample[0][there], everything[0][there], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(sample_reach[0][there], reach[0][there])
 
 
 def test_a_stride_out_of_range_is_refused():

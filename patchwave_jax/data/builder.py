@@ -190,7 +190,11 @@ def scan(dataset: str, planned: Sequence[Planned], skip_bad: bool) -> Manifest:
                 )
             )
     if lost := {file.split for file in planned} - {entry.split for entry in entries}:
-        raise UserError(f"{dataset} has no usable file left in {', '.join(sorted(lost))}")
+        bad = ", ".join(entry.name for entry in skipped[:5])
+        raise UserError(
+            f"{dataset} has no usable file left in {', '.join(sorted(lost))}; add files, or move "
+            f"those that can't be used ({bad}{', ...' if skipped[5:] else ''}) out of the source"
+        )
     return manifest.make(dataset, entries, skipped)
 
 

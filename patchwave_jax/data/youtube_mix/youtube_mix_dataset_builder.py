@@ -94,6 +94,7 @@ def numbered_files(folder: Path, first: int | None) -> list[Path]:
         raise UserError(
             f"{folder} is not a run of numbered files, which would shift the split: "
             + "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
+            + "; move away what does not belong there, and fetch what is missing"
         )
     return [folder / numbers[i][0] for i in sorted(numbers)]
 
