@@ -24,6 +24,7 @@ from jaxtyping import Array, Float32, UInt8
 from scipy.fft import next_fast_len
 
 from patchwave_jax import quantisers
+from patchwave_jax.config import ModelConfig
 
 RIDGE = 2e-7  # of the window's energy, for each tap
 FLOOR = 1e-9  # energy added to a window, so that silence predicts silence
@@ -52,6 +53,11 @@ class Predictors:
     windows: tuple[int, ...]  # samples each is fitted to
     block_samples: int
 
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Predictors":
+        """Those that a model is configured with."""
+        return cls(config.adaptive_taps, config.adaptive_windows, config.adaptive_block_samples)
+
     def __bool__(self) -> bool:
         return bool(self.taps)
 
@@ -63,6 +69,8 @@ class Predictors:
     @property
     def memory_samples(self) -> int:
         """Samples before a target whose predictions its features are made of: whole blocks."""
+        if not self:
+            return 0
         return -(-max(ERROR_SPANS) // self.block_samples) * self.block_samples
 
     @property

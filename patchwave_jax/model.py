@@ -48,9 +48,7 @@ class PatchWave(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, causal: bool, quantiser: str, rngs: nnx.Rngs):
         self.config, self.causal, self.quantiser = config, causal, quantiser
-        self.predictors = Predictors(
-            config.adaptive_taps, config.adaptive_windows, config.adaptive_block_samples
-        )
+        self.predictors = Predictors.of(config)
         dtype = jnp.dtype(config.compute_dtype)
         self.encoder = Encoder(config, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])

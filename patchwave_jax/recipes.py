@@ -1,11 +1,32 @@
-"""The two recipes that the configurations share: the paper's, and ours for the dense objective."""
+"""The recipes that the configurations share: the paper's, ours, and ours for small machines."""
 
 import dataclasses
+from typing import Any
 
 import ml_collections
 
-from patchwave_jax.config import Config, ModelConfig, RunConfig, TrainConfig, to_config_dict
+from patchwave_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    to_config_dict,
+)
 from patchwave_jax.errors import UserError
+
+
+NO_DROPOUT: Any = {
+    "conv_dropout": 0.0,
+    "mlp_dropout": 0.0,
+    "head_dropout": 0.0,
+    "token_dropout": 0.0,
+}
+ADAPTIVE: Any = {  # short memories for onsets, long ones for held notes
+    "adaptive_taps": (16, 32, 128, 256, 512),
+    "adaptive_windows": (640, 1536, 3072, 6144, 12_288),
+    "adaptive_block_samples": 100,
+}
 
 
 def get_config(context_samples: int, arg: str) -> ml_collections.ConfigDict:
@@ -38,10 +59,8 @@ def dense(context_samples: int) -> Config:
         input="embedding",
         skip_connections=True,
         head="logistic_mixture",
-        conv_dropout=0.0,
-        mlp_dropout=0.0,
-        head_dropout=0.0,
-        token_dropout=0.0,
+        **ADAPTIVE,
+        **NO_DROPOUT,
     )
     train = TrainConfig(
         batch_size=max(1, 1_024_000 // context_samples),
@@ -62,4 +81,49 @@ def dense(context_samples: int) -> Config:
         data=dataclasses.replace(Config().data, distinct_positions=0),
         train=train,
         run=RunConfig(eval_every_steps=500, save_every_steps=500),
+    )
+
+
+def small(data: DataConfig, num_steps: int, evals: int) -> Config:
+    """Ours for a few cores: patches of 500, 0.4M parameters, 32,000 targets a step.
+
+    `evals` validations are spread evenly over `num_steps`.
+    """
+    return Config(
+        objective="dense",
+        context_samples=16_000,
+        model=ModelConfig(
+            patch_samples=500,
+            strides=(2, 2, 2, 2),
+            filters=(64, 64, 64, 32),
+            width=64,
+            num_layers=2,
+            num_heads=4,
+            head_size=64,
+            mlp_width=128,
+            readout_width=256,
+            input="embedding",
+            skip_connections=True,
+            head="logistic_mixture",
+            **ADAPTIVE,
+            **NO_DROPOUT,
+        ),
+        data=dataclasses.replace(data, distinct_positions=0),
+        train=TrainConfig(
+            batch_size=2,
+            micro_batch_size=0,
+            num_steps=num_steps,
+            learning_rate=2e-3,
+            warmup_steps=min(50, num_steps // 4),
+            schedule="cosine",
+            decay_steps=num_steps,
+            final_learning_rate=2e-5,
+            clip_norm=1.0,
+            patience_evals=0,
+        ),
+        run=RunConfig(
+            eval_every_steps=num_steps // evals,
+            save_every_steps=num_steps // evals,
+            eval_targets=500_000,
+        ),
     )

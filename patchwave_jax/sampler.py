@@ -134,7 +134,7 @@ class Sampler:
 
     def _compile(self, mesh: Mesh) -> None:
         rows, everywhere = PartitionSpec("data"), PartitionSpec()
-        parts: Any = State(rows, rows, PartitionSpec(None, "data"))  # pyright: ignore
+        parts: Any = State(rows, rows, PartitionSpec(None, "data"), rows, rows)  # pyright: ignore
         model, common = self._model, (everywhere, everywhere, parts)
 
         def sharded(function: Any, in_specs: Any, out_specs: Any, donated: int) -> Any:

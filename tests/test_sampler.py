@@ -28,6 +28,11 @@ ONE_FRAME = dataclasses.replace(  # its encoder ends with a single frame; more t
 )
 
 
+ADAPTIVE = dataclasses.replace(
+    OURS, adaptive_taps=(4, 16), adaptive_windows=(60, 80), adaptive_block_samples=20
+)
+
+
 def mesh(devices=1):
     return jax.make_mesh(
         (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
@@ -106,9 +111,10 @@ def test_cached_equals_patch_form_across_slides(
     np.testing.assert_allclose(log_probs, expected, atol=2e-4)
 
 
-def test_every_devices_streams_equal_the_evaluation_after_a_long_prompt():
+@pytest.mark.parametrize("model", [OURS, ADAPTIVE], ids=["ours", "adaptive"])
+def test_every_devices_streams_equal_the_evaluation_after_a_long_prompt(model):
     """Eight devices; the prompt itself has slid past the context."""
-    config, _, params = make(OURS)
+    config, _, params = make(model)
     streams = Sampler(config, params, mesh(8), num=11)
     given = random_codes(11, 905)
     streams.prime(given[:, 905 - streams.reach :], 905)
@@ -123,9 +129,11 @@ def test_every_devices_streams_equal_the_evaluation_after_a_long_prompt():
     np.testing.assert_allclose(log_probs, expected[:, 905:], atol=2e-4)
 
 
-@pytest.mark.parametrize("objective", ["dense", "last"])
-def test_taken_up_again_it_goes_on_to_the_last_bit(objective):
-    config, _, params = make(OURS, objective)
+@pytest.mark.parametrize(
+    ("model", "objective"), [(OURS, "dense"), (OURS, "last"), (ADAPTIVE, "dense")]
+)
+def test_taken_up_again_it_goes_on_to_the_last_bit(model, objective):
+    config, _, params = make(model, objective)
     prompt, end = random_codes(2, 61), 700
     streams = Sampler(config, params, mesh(), num=2, stride_patches=2)
     streams.prime(prompt, 61)

@@ -1,0 +1,13 @@
+"""The small model of `demo.py`, trained for longer: on YouTube-Mix or your own folder.
+
+python -m patchwave_jax.train --config=configs/laptop.py --workdir=DIR \\
+    --config.data.dataset=audio_folder --config.data.data_dir=DIR
+"""
+
+from patchwave_jax import recipes
+from patchwave_jax.config import DataConfig, to_config_dict
+
+
+def get_config(arg: str = ""):
+    del arg
+    return to_config_dict(recipes.small(DataConfig(), num_steps=500, evals=10))
