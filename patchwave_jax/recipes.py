@@ -15,7 +15,6 @@ from patchwave_jax.config import (
 )
 from patchwave_jax.errors import UserError
 
-
 NO_DROPOUT: Any = {
     "conv_dropout": 0.0,
     "mlp_dropout": 0.0,
