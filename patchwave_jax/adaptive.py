@@ -126,10 +126,10 @@ class Predictors:
         errors = (waveform[..., None] - predicted)[:, : m + count - 1]
         squares, means, span = jnp.square(errors), {}, 1
         for longer in ERROR_SPANS:  # means over the newest 8, 32 and 128, from shorter ones
-            pieces, step = longer // span, span
-            length = squares.shape[1] - (pieces - 1) * step
-            squares = sum(squares[:, i * step : i * step + length] for i in range(pieces)) / pieces
-            means[longer], span = squares[:, squares.shape[1] - count :], longer
+            length = squares.shape[1] - longer + span
+            pieces = [squares[:, i : i + length] for i in range(0, longer, span)]
+            squares = jnp.stack(pieces).mean(0)
+            means[longer], span = squares[:, length - count :], longer
         predicted = predicted[:, m:]
         trust = jnp.square(1 / (means[ERROR_SPANS[-1]] + 1e-12))
         mean = (predicted * trust).sum(-1) / trust.sum(-1)

@@ -11,6 +11,7 @@ from patchwave_jax.sampler import Knobs, Sampler
 
 CHECK_SAMPLES = 2000  # generated before and after the window slides
 TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.3}  # between two orders of the same sums
+ADAPTIVE_TOLERANCE_NATS = 0.05  # the normal equations of adaptive predictors amplify rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +78,17 @@ def check(
             skipped = max(0, first - window.first)
             made = log_probs[window.clip, window.first + skipped - first : window.end - first]
             differences.append(np.abs(scored.log_probs[skipped:] - made))
-    found = np.concatenate(differences)
+    found, model = np.concatenate(differences), config.model
+    tolerance = TOLERANCE_NATS[model.compute_dtype]
+    if model.adaptive_taps:
+        tolerance = max(tolerance, ADAPTIVE_TOLERANCE_NATS)
     return Agreement(
         largest=float(found.max()),
         mean=float(found.mean()),
         samples=found.size,
         context_samples=context,
         slides=slides,
-        tolerance=TOLERANCE_NATS[config.model.compute_dtype],
+        tolerance=tolerance,
     )
 
 

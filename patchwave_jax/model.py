@@ -136,7 +136,8 @@ class PatchWave(nnx.Module):
             encode(codes[:, start : start + (chunk + 1) * size], hop, piece_key)
             for start, piece_key in zip(starts, keys, strict=True)
         ]
-        return Encoded(*jax.tree.map(lambda *x: jnp.concatenate(x, 1), *pieces), prediction)
+        tokens, skip = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *pieces)
+        return Encoded(tokens, skip, prediction)
 
     def _encode_stretch(self, codes: Array, hop: int, key: Key) -> tuple[Array, Array | None]:
         size = self.config.patch_samples
