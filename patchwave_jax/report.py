@@ -94,9 +94,13 @@ def page(
     rows = expected.history(workdir)
     training = []
     if rows.get("train"):
-        losses = figures.loss_curves(rows["train"], rows.get("validation", []), nats)
+        held_out, _ = open_splits(config, data_dir, "validation")
+        validated = measure.choose_targets(config, held_out, max_targets=config.run.eval_targets)
+        lines = reference.yardsticks_on(validated, train_split, workdir)
+        losses = figures.loss_curves(rows["train"], rows.get("validation", []), lines)
+        words = "Dashed: predictors that need no network, on the targets of the validations."
         training = [
-            picture(losses, "Loss", "Dashed: predictors that need no network."),
+            picture(losses, "Loss", words),
             picture(figures.rates(rows["train"]), "Learning rate and throughput"),
         ]
     template = jinja2.Environment(

@@ -48,7 +48,7 @@ from patchwave_jax.step import (
 )
 
 PAPER_PARAMETERS = "3.14M"
-_CONFIGS = "configs/demo.py, ctx128k.py, ctx512k.py, ctx1m.py (or ctx128k.py:dense and so on)"
+_CONFIGS = "configs/demo.py, laptop.py, ctx128k.py, ctx512k.py, ctx1m.py (or ctx128k.py:dense ...)"
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> bool:

@@ -215,7 +215,7 @@ def test_a_record_matches_its_run_and_only_that(run, data_dir, tmp_path, capsys)
     assert expected.matching(elsewhere, "", [known]) == known
     assert expected.matching(other, "", [known]) is None
     assert expected.matching(config, "other data", [known]) is None
-    assert "on track" in str(expected.compare(known, 2, 3.05))
+    assert "on track" in str(expected.compare(known, 2, 3.04))
     assert "1.50 bits WORSE" in str(expected.compare(known, 2, 4.5))
     assert "1.00 bits better" in str(expected.compare(known, 2, 2.0))
     assert expected.compare(known, 7, 4.5) is None

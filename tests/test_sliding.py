@@ -166,12 +166,9 @@ def test_a_sampled_target_has_the_same_log_probability(objective):
     model = random_model(SMALL, causal=objective == "dense")
     clips, config = [random_codes(SIZE * 9 + 17)], make_config(objective)
     everything, reach = score(config, model, clips, 3)
-    for seed in range(3):
-        sample, sample_reach = score(config, model, clips, 3, max_targets=400, seed=seed)
-        there = ~np.isnan(sample[0])
-        assert 0 < there.sum() < 600
-        np.testing.assert_allclose(sample[0][there], everything[0][there], rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(sample_reach[0][there], reach[0][there])
+    pieces, pieces_reach = score(config, model, clips, 3, max_targets=clips[0].size - 1)
+    np.testing.assert_allclose(pieces[0], everything[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(pieces_reach[0], reach[0])
 
 
 def test_a_stride_out_of_range_is_refused():

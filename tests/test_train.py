@@ -17,9 +17,11 @@ from conftest import SMALL, random_codes
 from jax.sharding import AxisType, Mesh
 from small_run import make_data
 
+from patchwave_jax import expected
 from patchwave_jax import train as train_module
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
+from patchwave_jax.data import manifest
 from patchwave_jax.errors import UserError
 from patchwave_jax.step import choose_chunks, make_schedule, make_step
 from patchwave_jax.train import train
@@ -189,6 +191,19 @@ def test_stops_when_the_validation_loss_is_flat(data_dir, tmp_path):
     assert evaluated == [2, 4, 6, 8]
     train(config, tmp_path)  # stays stopped
     assert metrics(tmp_path)[-1]["step"] == 8
+
+
+def test_is_held_against_yardsticks_and_a_run_done_before(data_dir, tmp_path, monkeypatch, capsys):
+    config = small(data_dir, num_steps=2)
+    _, manifest_hash = manifest.load(data_dir, "audio_folder")
+    known = expected.Expected(
+        "known", "", "", manifest_hash, expected.essence(config), (1, 3), (1, 2), (9.0, 7.0), ""
+    )
+    monkeypatch.setattr(expected, "records", lambda: [known])
+    train(config, tmp_path)
+    printed = capsys.readouterr().out
+    assert "expected after step 2: 8.0000 bits (known)" in printed
+    assert "bits is still above block-adaptive-256" in printed or "YARDSTICKS" in printed
 
 
 def test_keeps_the_newest_and_the_best(data_dir, tmp_path):
