@@ -35,7 +35,7 @@ class Attention(nnx.Module):
         self.output = nnx.Linear(inner, config.width, rngs=rngs)
 
     def folded(self) -> Folded:
-        """`(A [D, H, D], a [H, D], C [D, H, D], c [D])`: scores (x A + a) y, output (mix C') + c."""
+        """`(A [D, H, D], a [H, D], C [D, H, D], c [D])`: scores (x A + a) y, out (mix C') + c."""
         width, heads = self.config.width, (self.config.num_heads, self.config.head_size)
         dtype = jnp.dtype(self.config.compute_dtype)
         query = value(self.query.kernel).reshape(width, *heads)
