@@ -27,10 +27,12 @@ import numpy as np
 from flax import nnx
 
 from patchwave_jax import recipes
+from patchwave_jax.chunks import mean_over_chunks
 from patchwave_jax.config import Config
-from patchwave_jax.step import choose_chunks, make_mesh, make_model, make_step
+from patchwave_jax.step import choose_chunks, keep_compilations, make_mesh, make_model, make_step
 
 YARDSTICK = 2048
+CHUNKS = 6  # of phases, for the Transformer and the head alone
 CONFIGS = ["parts:128000", "paper:128000", "ours:128000"]
 PLAIN = {"conv_dropout": 0.0, "mlp_dropout": 0.0, "head_dropout": 0.0, "token_dropout": 0.0}
 
@@ -142,34 +144,44 @@ def parts(config: Config, runs: int) -> dict[str, Any]:
     patches, width = config.patches, config.model.width
     chunk = choose_chunks(config, 1, jax.devices()[0])[0]
     rng = np.random.default_rng(0)
-    few = max(1, patches // 8)
+    few, count = max(1, patches // 8), CHUNKS * chunk * patches
     codes = rng.integers(0, 256, (1, (few + 1) * config.model.patch_samples), np.uint8)
-    tokens = rng.normal(size=(chunk, patches, width)).astype(np.float32)
-    targets = rng.integers(0, 256, (chunk, patches), np.uint8)
+    tokens = rng.normal(size=(1, patches, CHUNKS * chunk, width)).astype(np.float32)
+    targets = rng.integers(0, 256, tokens.shape[:3], np.uint8)
 
-    def encoder(params: Any, codes: Any) -> jax.Array:
-        encoded = nnx.merge(graphdef, params).encode_segment(codes)
-        return encoded.tokens.sum() + (0 if encoded.skip is None else encoded.skip.sum())
+    def encoder(params: Any) -> jax.Array:
+        return nnx.merge(graphdef, params).encode_segment(codes).tokens.sum()
 
     def transformer(params: Any, tokens: Any) -> jax.Array:
-        return nnx.merge(graphdef, params).transform(tokens).sum()
+        model = nnx.merge(graphdef, params)
+        folded = model.folded()
+
+        def states(tokens: jax.Array, _: Any) -> jax.Array:
+            sequences = jnp.swapaxes(tokens, 1, 2).reshape(-1, patches, width)
+            return model.transform(sequences, None, folded).mean()
+
+        return mean_over_chunks(states, tokens, axis=2, size=chunk)
 
     def head(params: Any, tokens: Any) -> jax.Array:
         model = nnx.merge(graphdef, params)
-        return model.head.log_prob(model.hidden(tokens, None, None), None, targets).sum()
+
+        def log_prob(piece: Any, _: Any) -> jax.Array:
+            hidden = model.hidden(piece[0], None, None)
+            return model.head.log_prob(hidden, None, piece[1]).mean()
+
+        return mean_over_chunks(log_prob, (tokens, targets), axis=2, size=chunk)
 
     found = {}
-    for name, function, arg in (
-        ("encoder", encoder, codes),
-        ("transformer", transformer, tokens),
-        ("head", head, tokens),
+    for name, gradient, args, targets_of in (
+        ("encoder", jax.grad(encoder), (params,), few * config.model.patch_samples),
+        ("transformer", jax.grad(transformer, (0, 1)), (params, tokens), count),
+        ("head", jax.grad(head, (0, 1)), (params, tokens), count),
     ):
-        count = few * config.model.patch_samples if name == "encoder" else chunk * patches
-        gradient = jax.jit(jax.value_and_grad(function, 0 if name == "encoder" else (0, 1)))
-        jax.block_until_ready(gradient(params, arg))
-        seconds, rate = measured(lambda g=gradient, a=arg: g(params, a), runs)
-        flops = useful_flops(config, name) * count / config.targets_per_row
-        found[name] = report(seconds, rate, flops, count)
+        compiled = jax.jit(gradient)
+        jax.block_until_ready(compiled(*args))
+        seconds, rate = measured(lambda f=compiled, a=args: f(*a), runs)
+        flops = useful_flops(config, name) * targets_of / config.targets_per_row
+        found[name] = report(seconds, rate, flops, targets_of)
     return found
 
 
@@ -182,6 +194,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.only:
         name, context = args.only.split(":")
+        keep_compilations()
         run = parts if name == "parts" else step
         print(json.dumps(run(configuration(name, int(context)), args.runs)))
         return
