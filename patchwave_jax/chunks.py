@@ -82,6 +82,46 @@ def mean_over_chunks(
     return mean(floats, closed_over, others)
 
 
+def recomputed(function: Callable[[Array, Any], Any], pieces: list[tuple[Array, Any]]) -> list[Any]:
+    """`[function(*piece) for piece in pieces]`, where of each piece the first part are codes.
+
+    One comes after the other, and nothing is kept for the backward pass but what `function`
+    closes over. `jax.checkpoint` does not do that: XLA's CPU backend drops its barriers, finds
+    the same computation twice and keeps the first, and runs all pieces side by side. So each
+    computation is made to depend on a result of the one before it.
+    """
+    pure, closed_over = jax.closure_convert(function, *pieces[0])
+
+    def after(before: Array, codes: Array) -> Array:
+        # Adds nothing, unless what came before is NaN and all is lost. No compiler knows.
+        return codes + jnp.isnan(before).astype(codes.dtype)
+
+    @jax.custom_vjp
+    def run(closed_over: list[Array]) -> list[Any]:
+        outs, before = [], jnp.float32(0)
+        for codes, rest in pieces:
+            outs.append(pure(after(before, codes), rest, *closed_over))
+            before = _any(outs[-1])
+        return outs
+
+    def backward(closed_over: list[Array], gradients: list[Any]) -> tuple[list[Array]]:
+        total, before = jax.tree.map(jnp.zeros_like, closed_over), _any(gradients)
+        for (codes, rest), gradient in zip(pieces, gradients, strict=True):
+            same = after(before, codes)
+            _, pull = jax.vjp(lambda x, codes=same, rest=rest: pure(codes, rest, *x), closed_over)
+            total = jax.tree.map(jnp.add, total, pull(gradient)[0])
+            before = _any(total)
+        return (total,)
+
+    run.defvjp(lambda closed_over: (run(closed_over), closed_over), backward)
+    return run(closed_over)
+
+
+def _any(tree: Any) -> Array:
+    """A number that depends on all leaves."""
+    return sum((x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(tree)), jnp.float32(0))
+
+
 def _count(tree: Any, axis: int, size: int) -> int:
     total = jax.tree.leaves(tree)[0].shape[axis]
     if total % size:

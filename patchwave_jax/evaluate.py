@@ -30,6 +30,7 @@ from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.step import keep_compilations
 from patchwave_jax.tally import MODEL, Tally
 
 
@@ -196,4 +197,5 @@ def check_output(path: Path | None, overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
+    keep_compilations()
     main()

@@ -33,6 +33,7 @@ from patchwave_jax.errors import UserError, exits_cleanly
 from patchwave_jax.outputs import Outputs, write_wav
 from patchwave_jax.prompts import Settings, encode, open_data, read_prompts
 from patchwave_jax.sampler import Sampler
+from patchwave_jax.step import keep_compilations
 from patchwave_jax.train import stop_requested
 
 REPORT_SECONDS = 10.0  # between lines of progress
@@ -227,4 +228,5 @@ def run_check(settings: Settings, evaluator: sliding.Evaluator, params: Any) -> 
 
 
 if __name__ == "__main__":
+    keep_compilations()
     main()

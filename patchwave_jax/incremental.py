@@ -374,7 +374,7 @@ def _attend_one(
     total = weights.sum(-1, keepdims=True)
     mixed = jnp.einsum("bhk,bke->bhe", weights.astype(query.dtype), keys)
     mixed = (mixed / total).astype(query.dtype)
-    return mixed.reshape(rows, -1) @ mix.reshape(-1, width) + bias
+    return mixed.reshape(rows, -1) @ mix.reshape(width, -1).T + bias
 
 
 def _product(taps: Float[Array, "B *taps F"], kernel: Array) -> Float[Array, "B D"]:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from patchwave_jax import quantisers
 from patchwave_jax.adaptive import Prediction, Predictors, waveform_of
-from patchwave_jax.chunks import map_over_chunks, mean_over_chunks
+from patchwave_jax.chunks import map_over_chunks, mean_over_chunks, recomputed
 from patchwave_jax.config import ModelConfig
 from patchwave_jax.encoder import Encoder
 from patchwave_jax.heads import LogisticMixture, Softmax
@@ -130,12 +130,11 @@ class PatchWave(nnx.Module):
         # Not a loop on the device: XLA's CPU backend runs the gradient of a convolution in one
         # twenty times slower.
         starts = range(0, patches * size, chunk * size)
-        keys = split(key, len(starts))
-        encode = jax.checkpoint(self._encode_stretch, static_argnums=1)
-        pieces = [
-            encode(codes[:, start : start + (chunk + 1) * size], hop, piece_key)
-            for start, piece_key in zip(starts, keys, strict=True)
-        ]
+        stretches = [codes[:, start : start + (chunk + 1) * size] for start in starts]
+        pieces = recomputed(
+            lambda codes, key: self._encode_stretch(codes, hop, key),
+            list(zip(stretches, split(key, len(stretches)), strict=True)),
+        )
         tokens, skip = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *pieces)
         return Encoded(tokens, skip, prediction)
 

@@ -29,6 +29,7 @@ from patchwave_jax.config import Config
 from patchwave_jax.data import audio
 from patchwave_jax.errors import UserError, exits_cleanly
 from patchwave_jax.sliding import Evaluator, Window, segment
+from patchwave_jax.step import keep_compilations
 from patchwave_jax.tally import LN2
 
 COPY_BYTES = 1 << 24
@@ -233,4 +234,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_compilations()
     main()

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from patchwave_jax.errors import UserError
 from patchwave_jax.model import PatchWave
 
 State = dict[str, Any]  # params, opt_state, step
-CPU_CHUNK_BYTES = 64e6
+CPU_CHUNK_BYTES = 100e6
 LN2 = math.log(2)
 
 
@@ -190,7 +191,8 @@ def choose_chunks(config: Config, rows: int, device: Any) -> tuple[int, int]:
     most = CPU_CHUNK_BYTES if device.platform == "cpu" else memory / 24
     patches, phases = config.patches, model.patch_samples // config.train.hop
     bytes_each = jnp.dtype(model.compute_dtype).itemsize
-    layer = model.num_heads * (2 * model.width + 2 * patches) + 8 * model.width + model.mlp_width
+    scores = patches if config.objective == "dense" else 2 * patches  # and weights; half if causal
+    layer = model.num_heads * (2 * model.width + scores) + 8 * model.width + model.mlp_width
     token = model.num_layers * layer + 2 * model.readout_width + 512
     phase = rows * patches * token * bytes_each
     patch = rows * model.patch_samples * 3 * sum(model.filters) * bytes_each
@@ -206,6 +208,16 @@ def _machine_bytes() -> int:
 
 def _largest_divisor(total: int, most: float) -> int:
     return max(d for d in range(1, total + 1) if total % d == 0 and d <= max(1, most))
+
+
+def keep_compilations() -> None:
+    """Has JAX keep compiled programs in `~/.cache/patchwave_jax/compiled`, to start faster again.
+
+    `JAX_COMPILATION_CACHE_DIR` names another place, `JAX_ENABLE_COMPILATION_CACHE=0` is none.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = Path.home() / ".cache/patchwave_jax/compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def count_parameters(params: Any) -> int:

@@ -42,6 +42,7 @@ from patchwave_jax.step import (
     State,
     Step,
     count_parameters,
+    keep_compilations,
     make_mesh,
     make_schedule,
     make_step,
@@ -295,6 +296,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    keep_compilations()
     _CONFIG = config_flags.DEFINE_config_file(
         "config",
         None,

@@ -35,7 +35,7 @@ class Attention(nnx.Module):
         self.output = nnx.Linear(inner, config.width, rngs=rngs)
 
     def folded(self) -> Folded:
-        """`(A [D, H, D], a [H, D], C [H, D, D], c [D])`: scores (x A + a) y, output (mix C) + c."""
+        """`(A [D, H, D], a [H, D], C [D, H, D], c [D])`: scores (x A + a) y, out (mix C') + c."""
         width, heads = self.config.width, (self.config.num_heads, self.config.head_size)
         dtype = jnp.dtype(self.config.compute_dtype)
         query = value(self.query.kernel).reshape(width, *heads)
@@ -45,7 +45,7 @@ class Attention(nnx.Module):
         scale = 1 / math.sqrt(self.config.head_size)
         score = jnp.einsum("dhk,ehk->dhe", query, key) * scale
         score_bias = jnp.einsum("hk,ehk->he", value(self.query.bias).reshape(heads), key) * scale
-        mix = jnp.einsum("dhk,hke->hde", values, output)
+        mix = jnp.einsum("dhk,hke->ehd", values, output)
         bias = value(self.value.bias) @ value(self.output.kernel) + value(self.output.bias)
         return score.astype(dtype), score_bias.astype(dtype), mix.astype(dtype), bias.astype(dtype)
 
@@ -110,8 +110,9 @@ def _output(
 ) -> Float[Array, "M n D"]:
     _, _, mix, bias = folded
     width = x.shape[-1]
-    heads_side_by_side = mixed.reshape(-1, mix.shape[0] * width)
-    return (heads_side_by_side @ mix.reshape(-1, width) + bias).reshape(x.shape)
+    # In this orientation the gradient of `mix` is a product twice as fast on CPUs.
+    out = jnp.einsum("rf,ef->re", mixed.reshape(-1, mix[0].size), mix.reshape(width, -1))
+    return (out + bias).reshape(x.shape)
 
 
 class Block(nnx.Module):
