@@ -1,23 +1,28 @@
 """Samples generated per second: `python benchmarks/generate.py`. Prints one JSON object.
 
-The model is the paper's in size (`ModelConfig()`, causal), with random weights and caches filled
-with numbers: what it computes does not depend on them. Every rate is the median over chunks at
-the end of a full context, where a sample costs most. What the window's slide costs, every half
-a context, is measured with `--slides`. The naive way is the patch form, run anew for every sample.
+The model is the paper's in size (`ModelConfig()`, causal; with `--dense` our recipe's), with random
+weights and caches filled with numbers: what it computes does not depend on them. Every rate is the
+median over chunks at the end of a full context, where a sample costs most. What the window's slide
+costs, every half a context, is measured with `--slides`. The naive way is the patch form, run anew
+for every sample. `bare` is a bound: a loop of nothing but the products with the weights and the
+cached tokens that a sample needs.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from patchwave_jax import recipes
 from patchwave_jax.config import Config
 from patchwave_jax.errors import exits_cleanly
 from patchwave_jax.sampler import CHUNK_SAMPLES, Sampler
@@ -79,6 +84,52 @@ def cached(config: Config, params, num: int, seconds: float, slides: bool) -> di
     return found
 
 
+def bare(config: Config, params, num: int) -> dict[str, object]:
+    """Rate of `num` streams if a sample cost only its products, and how many these are."""
+    model = config.model
+    mesh = make_mesh(min(num, jax.device_count()))
+    # Folded, the attention has matrices of the shapes of its queries' and its output's.
+    kernels = [
+        x.reshape(-1, x.shape[-1])
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+        if x.ndim > 1 and not re.search(r"'(key|value|embedding)'", jax.tree_util.keystr(path))
+    ]
+    rows, phases = num // mesh.size, min(model.patch_samples, 100)
+    queries = jnp.ones((rows, model.num_heads, model.width))
+    cache = np.ones((model.num_layers, phases, rows, config.patches, model.width), np.float32)
+
+    def loop(kernels, caches):
+        inputs = [jnp.ones((rows, x.shape[0])) for x in kernels]
+
+        def sample(i, x):  # each product waits for the one before, as in a model
+            for given, kernel in zip(inputs, kernels, strict=True):
+                x = x + 1e-30 * (given * x @ kernel).max()
+            for cache in caches:
+                keys = jax.lax.dynamic_index_in_dim(cache, i % phases, 0, False)
+                scores = jnp.einsum("bke,bhe->bkh", keys, queries * x)
+                mixed = jnp.einsum("bhk,bke->bhe", jnp.swapaxes(scores, 1, 2), keys)
+                x = 1 + 1e-30 * mixed.max()
+            return x
+
+        return jax.lax.fori_loop(0, CHUNK_SAMPLES, sample, jnp.float32(1))[None]
+
+    everywhere, split = PartitionSpec(), PartitionSpec("data")
+    mapped = jax.shard_map(loop, mesh=mesh, in_specs=everywhere, out_specs=split, check_vma=False)
+    caches = jax.device_put(list(cache), NamedSharding(mesh, everywhere))
+    run, times = jax.jit(mapped), []
+    for _ in range(6):
+        start = time.perf_counter()
+        run(kernels, caches).block_until_ready()
+        times.append(time.perf_counter() - start)
+    products = (
+        sum(x.size for x in kernels) + 2 * queries[0].size * model.num_layers * config.patches
+    )
+    return {
+        "samples_per_second": round(num * CHUNK_SAMPLES / statistics.median(times[1:])),
+        "multiply_adds_per_sample": products,
+    }
+
+
 def naive(config: Config, params, samples: int) -> dict[str, object]:
     """Rate of one stream in the patch form."""
     graphdef = nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))[0]
@@ -102,6 +153,10 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128_000, 1_000_000])
     parser.add_argument("--seconds", type=float, default=10.0, help="per measurement (default: 10)")
     parser.add_argument("--naive_samples", type=int, default=3, help="0: not the naive way")
+    parser.add_argument("--dense", action="store_true", help="our recipe's model")
+    parser.add_argument(
+        "--bare", type=int, nargs="*", default=[], help="bounds for so many streams"
+    )
     parser.add_argument("--slides", action="store_true", help="also time the window's slide")
     parser.add_argument("--devices", type=int, help="CPU devices; default: one per core")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
@@ -115,11 +170,15 @@ def main() -> None:
     }
     for context in flags.contexts:
         config = Config(objective="dense", context_samples=context)
+        if flags.dense:
+            config = recipes.dense(context)
         params = nnx.state(make_model(config, nnx.Rngs(0)))
         found: dict[str, object] = {
             str(num): cached(config, params, num, flags.seconds, flags.slides)
             for num in flags.streams
         }
+        if flags.bare:
+            found["bare"] = {str(num): bare(config, params, num) for num in flags.bare}
         if flags.naive_samples:
             found["naive"] = naive(config, params, flags.naive_samples)
         result[str(context)] = found

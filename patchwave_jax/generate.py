@@ -8,7 +8,8 @@
 
 The WAV files can be played while they grow. Ctrl-C and SIGTERM leave them whole, and `--resume`
 goes on as if nothing had happened. The same seed gives the same audio on the same machine; clip
-number i draws from its own stream of random numbers, whatever the other clips are.
+number i draws from its own stream of random numbers, whatever the other clips are. (With another
+`--num` the matrix products round differently, which now and then turns a draw.)
 """
 
 import argparse
@@ -100,11 +101,13 @@ def take_up(sampler: Sampler, outputs: Outputs, stopping: Callable[[], bool]) ->
 
 def generate(sampler: Sampler, outputs: Outputs, total: int, stopping: Callable[[], bool]) -> None:
     """Goes on to `total` samples a clip, or until it is to stop."""
-    begin, reported = time.monotonic(), time.monotonic()
-    first = sampler.position
+    begin = reported = time.monotonic()
+    first, compiled = sampler.position, False
     while sampler.position < total and not stopping():
         outputs.append(*sampler.run(total - sampler.position))
-        if (now := time.monotonic()) - reported > REPORT_SECONDS:
+        if not compiled:  # from here on it is the rate of sampling
+            begin, first, compiled = time.monotonic(), sampler.position, True
+        elif (now := time.monotonic()) - reported > REPORT_SECONDS:
             reported = now
             rate = sampler.num * (sampler.position - first) / (now - begin)
             print(

@@ -124,5 +124,6 @@ def small(data: DataConfig, num_steps: int, evals: int) -> Config:
             eval_every_steps=num_steps // evals,
             save_every_steps=num_steps // evals,
             eval_targets=500_000,
+            sample_every_steps=num_steps,
         ),
     )
