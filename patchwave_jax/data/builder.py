@@ -158,7 +158,10 @@ def scan(dataset: str, planned: Sequence[Planned], skip_bad: bool) -> Manifest:
 
     def examine(file: Planned) -> audio.Facts | audio.BadAudioError:
         try:
+            file.name.encode()
             return audio.scan(file.path)
+        except UnicodeEncodeError:
+            return audio.BadAudioError(file.path, "has a name that is not UTF-8; rename it")
         except audio.BadAudioError as error:
             return error
 
