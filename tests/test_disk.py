@@ -94,7 +94,7 @@ def test_a_workdir_that_is_read_only(disk, data_dir):  # noqa: F811
 
 
 def test_building_on_a_disk_that_fills_up(disk, tmp_path, monkeypatch):
-    place = disk(200 << 10)
+    place = disk(1 << 20)
     source = tmp_path / "source"
     source.mkdir()
     monkeypatch.setattr(builder, "check_space", lambda *_: None)  # which would say it at once
