@@ -114,12 +114,12 @@ def test_training(data, cache, kills, tmp_path):
     print(f"train: {dict(told)}")
     rows = [metrics(tmp_path / name) for name in ("straight", "disturbed")]
     assert rows[0] == rows[1]
-    assert [r["step"] for r in rows[1] if r["kind"] == "train"] == list(range(1, 81))
+    assert [r["step"] for r in rows[1] if r["kind"] == "train"] == list(range(1, 41))
     records = []
     for name in ("straight", "disturbed"):
         with Checkpoints(tmp_path / name) as checkpoints:
-            assert checkpoints.latest == 80
-            records.append(checkpoints.record(80))
+            assert checkpoints.latest == 40
+            records.append(checkpoints.record(40))
     assert records[0] == records[1]
     same_bits(*(final_state(records[0].config, tmp_path / n) for n in ("straight", "disturbed")))
     assert not (tmp_path / "disturbed/damaged").exists()
