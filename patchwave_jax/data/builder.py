@@ -27,7 +27,7 @@ from patchwave_jax.data import audio, manifest
 from patchwave_jax.data.manifest import RECORD_SAMPLES, FileEntry, Manifest, SkippedEntry
 from patchwave_jax.errors import UserError
 
-Example: Any = tf_example_pb2.Example
+_pb: Any = tf_example_pb2
 SHARD_RECORDS = 256  # 64 MiB of PCM: also what a build holds in memory
 
 
@@ -36,7 +36,7 @@ class _Ordered(ExampleWriter):
 
     def write(self, path: Any, examples: Iterable[Any]) -> Any:
         ordered = (
-            (key, Example.FromString(data).SerializeToString(deterministic=True))
+            (key, _pb.Example.FromString(data).SerializeToString(deterministic=True))
             for key, data in examples
         )
         return super().write(path, ordered)
