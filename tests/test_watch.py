@@ -75,6 +75,7 @@ def laced(monkeypatch):
             return dataclasses.replace(step, init=lambda: poisoned(step.init(), 255), update=update)
 
         monkeypatch.setattr(train_module, "make_step", make)
+        monkeypatch.setattr(train_module, "make_mesh", lambda: mesh_of(2))
 
     return lace
 
@@ -131,9 +132,9 @@ def test_a_spike_is_reported_with_its_loudest_row(data_dir, tmp_path):  # noqa: 
         if step == SPIKE_HISTORY + 20:
             parts[3] = 9.0
         values = {
-            "nll_nats": rows.mean(),
+            "nll_nats": parts.mean(),
             "gradient_norm": 1.0,
-            "row_nats": [rows[::2], rows[1::2]],
+            "micro_batch_nats": [*parts],
         }
         watch.add(step, values, 0)
     assert watch.read()["skipped_steps"] == 0
