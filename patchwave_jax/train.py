@@ -308,7 +308,8 @@ def parse(argv: list[str]) -> tuple[Config, str]:
         if tree is not None:
             tree.to_dict()  # a file that can't be loaded tells it when it is asked
     except Exception as error:  # of absl, of ml_collections, or of the file itself
-        name = (getattr(values["config"], "config_filename", None) or "").split(":")[0]
+        given = [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
+        name = given[-1].split(":")[0] if given else ""
         if isinstance(error, OSError) and not Path(name).is_file():
             told = f"--config={name} is no file; those that come along: {_CONFIGS}"
             raise UserError(told) from error

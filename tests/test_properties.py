@@ -139,7 +139,7 @@ def test_sliding_windows_count_every_sample_once_with_the_context_they_promise(
 
 
 NAMES = st.lists(
-    st.text(st.characters(codec="utf-8", exclude_characters="/\\0."), min_size=1, max_size=12),
+    st.text(st.characters(codec="utf-8", exclude_characters="/\0."), min_size=1, max_size=12),
     min_size=3,
     max_size=30,
     unique_by=lambda name: name.casefold(),
