@@ -8,7 +8,9 @@ way: a save, a build's writing, a growing clip. However often, the end is that o
 run to the last bit.
 """
 
+import contextlib
 import dataclasses
+import functools
 import os
 import random
 import shutil
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +37,11 @@ HERE = Path(__file__).parent
 
 @dataclasses.dataclass
 class Command:
-    """A command to be killed; `delicate` says that it is at a point where that could hurt."""
+    """A command to be killed; a new path of `delicate` shows a point where that could hurt."""
 
     arguments: list[str]
     cache: Path
-    delicate: Callable[[], bool]
+    delicate: Callable[[], Iterable[Path]]
 
     def start(self, *more: str) -> subprocess.Popen:
         paths = os.pathsep.join(map(str, (HERE.parents[1], HERE.parent)))
@@ -57,6 +59,13 @@ class Command:
             text=True,
         )
 
+    def traces(self) -> set[tuple[Path, int]]:
+        found = set()
+        for path in self.delicate():
+            with contextlib.suppress(OSError):
+                found.add((path, path.stat().st_ino))
+        return found
+
     def finish(self, *more: str) -> float:
         """Runs it to its end; returns how long that took."""
         begin = time.monotonic()
@@ -69,10 +78,10 @@ class Command:
         """Starts it and kills it; returns how, or nothing if it came to its end before."""
         number = draw.choice([signal.SIGKILL, signal.SIGTERM])
         aimed = draw.random() < 0.6
-        process = self.start(*more)
+        before, process = self.traces(), self.start(*more)
         deadline = time.monotonic() + (60 if aimed else draw.uniform(0, seconds))
         while time.monotonic() < deadline and process.poll() is None:
-            if aimed and self.delicate():
+            if aimed and self.traces() - before:
                 time.sleep(draw.uniform(0, 0.03))
                 break
             time.sleep(0.001)
@@ -106,7 +115,7 @@ def cache(tmp_path_factory) -> Path:
 def test_training(data, cache, kills, tmp_path):
     def command(workdir: Path) -> Command:
         arguments = ["patchwave_jax.train", f"--config={HERE / 'tiny.py'}", f"--workdir={workdir}"]
-        saving = lambda: any(workdir.glob("checkpoints/*tmp*"))  # noqa: E731
+        saving = functools.partial(workdir.glob, "checkpoints/*tmp*")
         return Command([*arguments, f"--config.data.data_dir={data}"], cache, saving)
 
     def check() -> None:
@@ -146,7 +155,7 @@ def test_building(cache, kills, tmp_path):
 
     def command(target: Path) -> Command:
         arguments = ["patchwave_jax.data.build", "--dataset=audio_folder", f"--source={source}"]
-        writing = lambda: any(target.rglob("incomplete*"))  # noqa: E731
+        writing = functools.partial(target.rglob, "incomplete*")
         return Command([*arguments, f"--data_dir={target}"], cache, writing)
 
     seconds, draw = command(tmp_path / "straight").finish(), random.Random(2)
@@ -168,7 +177,7 @@ def test_generating(data, cache, kills, tmp_path):
 
     def command(out: Path) -> Command:
         arguments = ["patchwave_jax.generate", f"--out={out}"]
-        growing = lambda: (out / "000.json").exists()  # noqa: E731
+        growing = functools.partial(out.glob, "000.json")  # another file whenever it has grown
         return Command(arguments, cache, growing)
 
     begin = [f"--workdir={workdir}", "--seconds=4", "--num=2"]
