@@ -61,8 +61,8 @@ class Command:
 
     def traces(self) -> set[tuple[Path, int]]:
         found = set()
-        for path in self.delicate():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # what is seen may be gone already
+            for path in self.delicate():
                 found.add((path, path.stat().st_ino))
         return found
 
