@@ -135,7 +135,7 @@ def test_training(data, cache, kills, tmp_path):
     straight, disturbed = command(tmp_path / "straight"), command(tmp_path / "disturbed")
     seconds, draw = straight.finish(), random.Random(1)
     told, runs = Counter(), 1
-    while told.total() < kills("train", 2):
+    while told.total() < kills("train", 1):
         if how := disturbed.kill(draw, seconds):
             told[how] += 1
         else:  # it is at its end: once more from the beginning
