@@ -1,35 +1,32 @@
 """Checkpoints of a run: orbax, written in the background, the newest and the best kept.
 
 `WORKDIR/checkpoints/STEP` holds two trees, `params` and `optimizer`, and as metadata the
-configuration, the data manifest's hash, the code version and where the stopping rule stands.
-`STEP` counts completed steps. A save becomes visible by one rename, so a killed one leaves none.
+configuration, the data manifest's hash, the code version, where the stopping rule stands, and the
+SHA-256 of every array and of this record. `STEP` counts completed steps. A save becomes visible by
+one rename, so a killed one leaves none. What is restored is compared with its SHA-256, and training
+moves a damaged step to `WORKDIR/damaged` and goes on from the newest sound one.
 """
 
+import contextlib
 import dataclasses
+import json
+import logging as standard_logging
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 import patchwave_jax
-from patchwave_jax.config import Config, from_config_dict
+from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError
+from patchwave_jax.records import DamagedError, Record, described, layout, parse, record_hash
 
 METRIC = "validation_nll_nats"
 _policies = ocp.training.preservation_policies
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What a checkpoint says of itself."""
-
-    config: Config
-    manifest_hash: str
-    code_version: str
-    best_nats: float | None  # lowest validation NLL so far
-    flat_evals: int  # validations since then, past `decay_steps`
 
 
 class Checkpoints:
@@ -43,6 +40,11 @@ class Checkpoints:
                 f"{workdir} holds no checkpoints; train there first "
                 f"(python -m patchwave_jax.train --config=... --workdir={workdir})"
             )
+        for step, error in _broken_json(self.directory):
+            damaged = self._damaged(step, error)
+            if keep is None:
+                raise damaged
+            self._set_aside(step, damaged)
         best = _policies.BestN(
             get_metric_fn=lambda metrics: metrics[METRIC],
             reverse=True,  # the lowest
@@ -61,12 +63,18 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._checkpointer.close()
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            with self._says_what_failed():
+                self._checkpointer.close()
+        except UserError:
+            if kind is None:  # else what went wrong before is what to tell
+                raise
 
     def wait(self) -> None:
         """Returns when all saves are on disk."""
-        self._checkpointer.wait()
+        with self._says_what_failed():
+            self._checkpointer.wait()
 
     @property
     def latest(self) -> int | None:
@@ -102,45 +110,177 @@ class Checkpoints:
         flat_evals: int,
         validation_nats: float | None = None,
     ) -> None:
-        """Writes `state` as `step` in the background; a step that exists is left as it is."""
+        """Writes `state` as `step` in the background; a step that exists is left as it is.
+
+        Raises:
+          UserError: if this or the save before can't be written.
+        """
         if step in [c.step for c in self._checkpointer.checkpoints]:
             return
-        self._checkpointer.save_checkpointables_async(
-            step,
-            _as_trees(state),
-            metrics=None if validation_nats is None else {METRIC: validation_nats},
-            custom_metadata={
-                "config": dataclasses.asdict(config),
-                "manifest_hash": manifest_hash,
-                "code_version": patchwave_jax.__version__,
-                "best_nats": best_nats,
-                "flat_evals": flat_evals,
-            },
-        )
+        trees = _as_trees(state)
+        record = {
+            "config": dataclasses.asdict(config),
+            "manifest_hash": manifest_hash,
+            "code_version": patchwave_jax.__version__,
+            "best_nats": best_nats,
+            "flat_evals": flat_evals,
+            "validation_nats": validation_nats,
+            "arrays": described(trees),
+        }
+        with self._says_what_failed():
+            self._checkpointer.save_checkpointables_async(
+                step,
+                trees,
+                metrics=None if validation_nats is None else {METRIC: validation_nats},
+                custom_metadata={**record, "sha256": record_hash(record)},
+            )
 
     def record(self, step: int) -> Record:
-        """What the checkpoint of `step` says of itself."""
-        stored: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
-        if not isinstance(stored, dict) or "config" not in stored:
-            raise UserError(f"{self.directory / str(step)} was not written by patchwave_jax")
-        return Record(**{**stored, "config": from_config_dict(stored["config"])})
+        """What the checkpoint of `step` says of itself.
+
+        Raises:
+          DamagedError: if it is not as it was written.
+          UserError: if it was written by something else, or by an older version.
+        """
+        try:
+            stored: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
+            record = parse(stored)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise self._unreadable(step, error, "its metadata: ") from error
+        if record is None:
+            raise UserError(
+                f"{self.directory / str(step)} was not written by patchwave_jax; "
+                "use another --workdir"
+            )
+        metrics: Any = {c.step: c.metrics for c in self._checkpointer.checkpoints}[step]
+        if not record.arrays:
+            logging.warning("%s/%s has no checksums: an older version's", self.directory, step)
+        elif (metrics or {}).get(METRIC) != record.validation_nats:
+            raise self._damaged(step, f"its metrics are {metrics}, not {record.validation_nats}")
+        return record
 
     def restore(self, step: int, abstract_state: dict[str, Any]) -> dict[str, Any]:
-        """The whole training state; `abstract_state` gives shapes, dtypes and shardings."""
+        """The whole training state; `abstract_state` gives shapes, dtypes and shardings.
+
+        Raises:
+          DamagedError: naming what is not as it was written.
+          UserError: naming the first array that the checkpoint does not have, or has otherwise.
+        """
         return _as_state(self._load(step, _as_trees(abstract_state)))
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """Only the parameters."""
+        """Only the parameters; raises as `restore`."""
         return self._load(step, {"params": abstract_params})["params"]
 
-    def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return self._checkpointer.load_checkpointables(step, abstract)
-        except Exception as error:
+    def resume(
+        self, abstract_state: dict[str, Any], check: Callable[[Record], None]
+    ) -> tuple[dict[str, Any], Record] | None:
+        """The newest sound step's state and record, or None before the first checkpoint.
+
+        Damaged steps are moved to `WORKDIR/damaged`. `check` refuses a record by a `UserError`.
+
+        Raises:
+          UserError: from `check`, or if there are none but damaged steps.
+        """
+        while (step := self.latest) is not None:
+            try:
+                record = self.record(step)
+                check(record)
+                return self.restore(step, abstract_state), record
+            except DamagedError as error:
+                self._set_aside(step, error)
+                self._checkpointer.reload()
+        if self._aside.is_dir() and any(self._aside.iterdir()):
             raise UserError(
-                f"{self.directory / str(step)} can't be read ({str(error).splitlines()[0]}); "
-                "move that folder away to go on from an older step"
+                f"{self.directory} holds no sound checkpoint, only damaged ones in {self._aside}; "
+                "mend them, or start anew in another --workdir"
+            )
+        return None
+
+    @property
+    def _aside(self) -> Path:
+        return self.directory.with_name("damaged")
+
+    def _set_aside(self, step: int, damage: DamagedError) -> None:
+        logging.error("%s", damage)
+        try:
+            self._aside.mkdir(exist_ok=True)
+            taken = sum(p.name.split("-")[0] == str(step) for p in self._aside.iterdir())
+            name = f"{step}-{taken}" if taken else str(step)
+            (self.directory / str(step)).rename(self._aside / name)
+        except OSError as error:
+            raise UserError(
+                f"{self.directory / str(step)} is damaged and can't be moved to {self._aside}: "
+                f"{error.strerror}"
             ) from error
+
+    def _damaged(self, step: int, why: str) -> DamagedError:
+        others = [str(s) for s in _steps(self.directory) if s != step]
+        return DamagedError(
+            f"{self.directory / str(step)} is damaged: {why}. Training moves it to {self._aside} "
+            f"and goes on without it; other steps: {', '.join(others) or 'none'}"
+        )
+
+    def _unreadable(self, step: int, error: Exception, what: str = "") -> UserError:
+        """`error` as damage, unless it is the machine's that reads."""
+        machine = isinstance(error, (MemoryError, PermissionError)) or "RESOURCE_EX" in str(error)
+        if machine or "PERMISSION_DENIED" in str(error):
+            return UserError(f"{self.directory / str(step)} can't be read: {_first_line(error)}")
+        return self._damaged(step, what + _first_line(error))
+
+    def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        expected = self.record(step).arrays  # none, of an older version
+        for name, (dtype, shape) in layout(abstract).items() if expected else ():
+            there = expected[name][:2] if name in expected else ["absent", ""]
+            if there != [dtype, shape]:
+                raise UserError(
+                    f"{name} is {dtype}{shape} here, but {there[0]}{there[1]} in "
+                    f"{self.directory / str(step)}; use another --workdir or its configuration"
+                )
+        try:
+            trees = self._checkpointer.load_checkpointables(step, abstract)
+        except Exception as error:
+            # orbax forgets what it began to read of the other arrays, which asyncio would tell
+            standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
+            raise self._unreadable(step, error) from error
+        for name, found in described(trees).items() if expected else ():
+            if found != expected[name]:
+                raise self._damaged(step, f"{name} does not match its SHA-256")
+        return trees
+
+    @contextlib.contextmanager
+    def _says_what_failed(self) -> Iterator[None]:
+        """What orbax raises while it writes, at once or from the background, as a `UserError`."""
+        try:
+            yield
+        except Exception as error:
+            whole = _steps(self.directory)
+            kept = f"step {whole[-1]} is the last good one" if whole else "none is there yet"
+            raise UserError(
+                f"a checkpoint can't be written to {self.directory}: {_first_line(error)}. {kept}; "
+                "make room or mend the disk, then the same command goes on"
+            ) from error
+
+
+def _steps(directory: Path) -> list[int]:
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
+
+
+def _broken_json(directory: Path) -> Iterator[tuple[int, str]]:
+    """Steps that orbax would choke on before they can be looked at, and why."""
+    for step in _steps(directory):
+        for name in ("_CHECKPOINT_METADATA", "metrics/metrics"):
+            try:
+                json.loads((directory / str(step) / name).read_bytes())
+            except FileNotFoundError:
+                continue  # found when the step is read
+            except (OSError, ValueError) as error:
+                yield step, f"{name}: {error}"
+                break
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _as_trees(state: dict[str, Any]) -> dict[str, Any]:
@@ -150,38 +290,6 @@ def _as_trees(state: dict[str, Any]) -> dict[str, Any]:
 
 def _as_state(trees: dict[str, Any]) -> dict[str, Any]:
     return {"params": trees["params"], **trees["optimizer"]}
-
-
-def check_same_model(config: Config, stored: Config) -> None:
-    """Refuses a `config` whose network or codes are not those of the checkpoint.
-
-    Raises:
-      UserError: naming the first field that differs and both values.
-    """
-    pairs = [("objective", config.objective, stored.objective)]
-    pairs += [("data.quantiser", config.data.quantiser, stored.data.quantiser)]
-    for field in dataclasses.fields(config.model):
-        name = field.name
-        pairs += [(f"model.{name}", getattr(config.model, name), getattr(stored.model, name))]
-    for name, new, old in pairs:
-        if new != old:
-            raise UserError(
-                f"config.{name} is {new!r}, but the checkpoint was trained with {old!r}; "
-                "use another --workdir or the checkpoint's value"
-            )
-
-
-def changes(config: Config, stored: Config) -> list[str]:
-    """Fields that differ from the checkpoint's configuration, as `name: old -> new`."""
-
-    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-        items: dict[str, Any] = {}
-        for name, value in tree.items():
-            items |= flat(value, f"{name}.") if isinstance(value, dict) else {prefix + name: value}
-        return items
-
-    old, new = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(config))
-    return [f"{name}: {old[name]} -> {new[name]}" for name in new if new[name] != old[name]]
 
 
 def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:

@@ -73,6 +73,7 @@ class DataConfig:
     dataset: str = "youtube_mix"  # youtube_mix, maestro, audio_folder or piano_demo
     data_dir: str = ""  # where datasets are built; empty: $PATCHWAVE_DATA_DIR or the user's cache
     quantiser: str = "mulaw"  # mulaw, linear or sashimi
+    skip_damaged: bool = False  # draw another window where the train split can't be read
     distinct_positions: int = 10_000_000  # windows of one epoch, fixed by the seed; 0: all
     gain_db: float = 0.0  # augmentation: gain, uniform in +- this
     pitch_semitones: float = 0.0  # augmentation: pitch by resampling, uniform in +- this
@@ -110,6 +111,7 @@ class RunConfig:
     sample_seconds: float = 2.0  # of each of the two clips
     phase_chunk: int = 0  # phases the Transformer runs at once; 0: chosen for the memory
     encode_chunk_patches: int = 0  # patches the dense encoder runs at once; 0: chosen
+    debug_nans: bool = False  # stop at the operation that makes a NaN; slow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +216,24 @@ def _check(config: Config) -> None:
                 least = 0 if isinstance(item, float) or field.name in zero_allowed else 1
                 name = section + field.name
                 require(item >= least, name, f"must be at least {least}, got {item}")
+                if isinstance(item, int) and field.name != "distinct_positions":
+                    require(item < 2**31, name, f"must be below 2**31, got {item}")
                 if name.endswith("_dropout"):
                     require(item < 1, name, f"must be below 1, got {item}")
+    # What a device counts in 32 bits, what a division needs, and what is still music.
+    require(
+        config.context_samples < 2**31,
+        "context_samples",
+        f"must be below 2**31, got {config.context_samples}",
+    )
+    rate = train.learning_rate
+    require(rate > 0, "train.learning_rate", f"must be above 0, got {rate}")
+    require(train.beta2 < 1, "train.beta2", f"must be below 1, got {train.beta2}")
+    for name, value, most in (
+        ("gain_db", data.gain_db, 60),
+        ("pitch_semitones", data.pitch_semitones, 24),
+    ):
+        require(value <= most, f"data.{name}", f"must be at most {most}, got {value}")
     require(0 <= config.seed < 2**31, "seed", f"must be in [0, 2**31), got {config.seed}")
 
     require(model.width % 2 == 0, "model.width", f"must be even, got {model.width}")

@@ -2,18 +2,24 @@
 
 import json
 import os
+import socket
+import struct
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorboardX
 from absl import logging
 from jaxtyping import Int16
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.summary import audio, scalar
 from tqdm import tqdm
 
 from patchwave_jax.data.audio import SAMPLE_RATE
+
+_pb: Any = event_pb2
 
 
 class Log:
@@ -22,17 +28,24 @@ class Log:
     def __init__(self, workdir: str | os.PathLike[str], first_step: int, num_steps: int):
         """Opens the logs of `workdir`; rows past `first_step`, which will come again, go."""
         self._path = Path(workdir) / "metrics.jsonl"
-        rows = self._path.read_text().splitlines() if self._path.exists() else []
+        text = self._path.read_text(errors="replace") if self._path.exists() else ""
+        rows = text.splitlines()
         kept = [row for row in rows if _step_of(row) <= first_step]
         if len(kept) < len(rows):
             aside = self._path.with_suffix(".tmp")
             aside.write_text("".join(f"{row}\n" for row in kept))
             aside.replace(self._path)
         self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(
-            str(Path(workdir) / "tensorboard"), purge_step=first_step + 1, max_queue=100
-        )
-        minutes = [json.loads(row)["minutes"] for row in kept[-1:]]
+        # Not by tensorboardX's SummaryWriter, whose thread dies unheard of a full disk.
+        board = Path(workdir) / "tensorboard"
+        board.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        self._board = (board / name).open("wb", buffering=0)
+        self._record(0, file_version="brain.Event:2")
+        # What other files have of the steps from here on goes.
+        restart = _pb.SessionLog(status=_pb.SessionLog.START)
+        self._record(first_step + 1, session_log=restart)
+        minutes = [json.loads(row).get("minutes", 0.0) for row in kept[-1:]]
         self._start = time.monotonic() - 60 * (minutes[0] if minutes else 0.0)
         self._bar = tqdm(
             initial=first_step,
@@ -66,7 +79,7 @@ class Log:
         self._file.flush()
         for name, value in values.items():
             if isinstance(value, (int, float)):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+                self._record(step, summary=scalar(f"{kind}/{name}", value))
         bits = values["nll_bits"]
         if kind == "train":
             per_second = values["targets_per_second"]
@@ -85,8 +98,14 @@ class Log:
     def clips(self, step: int, pcm: Int16[np.ndarray, "B T"]) -> None:
         """Gives TensorBoard clips that were made after `step` steps."""
         for i, clip in enumerate(pcm):
-            self._board.add_audio(f"sample/{i}", clip / 2.0**15, step, SAMPLE_RATE)
-        self._board.flush()
+            sound = audio(f"sample/{i}", clip / 2.0**15, sample_rate=SAMPLE_RATE)
+            self._record(step, summary=sound)
+
+    def _record(self, step: int, **what: Any) -> None:
+        data = _pb.Event(wall_time=time.time(), step=step, **what).SerializeToString()
+        size = struct.pack("<Q", len(data))
+        sums = (struct.pack("<I", masked_crc32c(part)) for part in (size, data))
+        self._board.write(size + next(sums) + data + next(sums))
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
@@ -96,7 +115,7 @@ class Log:
 
 def _step_of(row: str) -> float:
     try:
-        return json.loads(row)["step"]
-    except (ValueError, KeyError):  # a line cut short by a kill
+        return float(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):  # a line cut short by a kill
         logging.warning("metrics.jsonl: dropped an incomplete line")
         return float("inf")

@@ -21,6 +21,7 @@ import patchwave_jax
 from patchwave_jax import quantisers
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError
+from patchwave_jax.lock import Lock
 from patchwave_jax.step import LN2
 
 RECORD = "run.json"
@@ -50,9 +51,9 @@ class Outputs:
     prompt_samples, made_samples: in each clip; the prompt counts as made.
     """
 
-    def __init__(self, directory: Path, record: dict[str, Any]):
+    def __init__(self, directory: Path, record: dict[str, Any], lock: Lock):
         """Use `create` or `resume`."""
-        self.directory, self.record = directory, record
+        self.directory, self.record, self.lock = directory, record, lock
         self._quantiser = quantisers.get(record["shared"]["quantiser"])
 
     @property
@@ -77,8 +78,8 @@ class Outputs:
         Raises:
           UserError: if the directory holds such files already, or can't be written.
         """
+        lock = Lock(directory, "--out")
         with _says_what_failed(directory):
-            directory.mkdir(parents=True, exist_ok=True)
             there = [p.name for p in directory.iterdir() if p.suffix in (".wav", ".codes")]
         there += [RECORD] * (directory / RECORD).exists()
         if there:
@@ -92,7 +93,7 @@ class Outputs:
             "prompt_samples": codes.shape[1],
             "made_samples": 0,
         }
-        outputs = cls(directory, record)
+        outputs = cls(directory, record, lock)
         for clip in range(len(prompts)):
             write_wav(outputs.path(clip, ".wav"), np.zeros(0, np.int16))
             with _says_what_failed(outputs.path(clip, ".codes")):
@@ -110,7 +111,7 @@ class Outputs:
         path = directory / RECORD
         try:
             record = json.loads(path.read_text())
-            outputs = cls(directory, record)
+            outputs = cls(directory, record, Lock(directory, "--out"))
             made, clips = record["made_samples"], range(len(record["clips"]))
         except FileNotFoundError:
             raise UserError(f"{directory} holds no run to go on with: no {RECORD}") from None

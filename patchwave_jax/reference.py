@@ -28,7 +28,7 @@ def fit(train_split: Split, quantiser: str) -> Yardsticks:
     code = quantisers.get(quantiser)
     chosen = list(clips(train_split, FIT_CLIP_SAMPLES, drop_last=False))
     step = -(-len(chosen) // FIT_CLIPS)
-    stretches = (train_split.read(c.recording, c.start, c.length) for c in chosen[::step])
+    stretches = train_split.excerpts((c.recording, c.start, c.length) for c in chosen[::step])
     return yardsticks.fit(map(code.encode, stretches), code)
 
 

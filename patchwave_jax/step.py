@@ -91,14 +91,18 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a run compiles. `update` donates the state it is given."""
+    """What a run compiles. `update` donates the state it is given.
+
+    Its metrics are `nll_nats`, `gradient_norm`, and as `micro_batch_nats` the NLL of each
+    micro-batch: row i of the batch is in micro-batch i % count.
+    """
 
     config: Config
     mesh: Mesh
     graphdef: Any
     abstract_state: State  # shapes, dtypes and shardings
     init: Callable[[], State]
-    update: Callable[[State, UInt8[np.ndarray, "B T"]], tuple[State, dict[str, Array]]]
+    update: Callable[[State, UInt8[np.ndarray, "B T"]], tuple[State, dict[str, Any]]]
 
 
 def make_step(config: Config, mesh: Mesh) -> Step:
@@ -134,14 +138,24 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     def accumulate(total: Any, params: Any, codes: Any, step: Array, index: int) -> Any:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
         piece = jax.value_and_grad(loss)(params, codes, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, piece)
+        return jax.tree.map(jnp.add, total, piece), piece[0]
 
     def apply(state: State, total: Any) -> tuple[State, dict[str, Array]]:
         nats, gradient = jax.tree.map(lambda x: x / count, total)
         updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics = {"nll_nats": nats, "gradient_norm": optax.tree.norm(gradient)}
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+        # A step that is not finite leaves parameters and moments as they were; what counts steps,
+        # and so the learning rate, goes on. `Watch` tells of it.
+        finite = jnp.isfinite(nats) & jnp.isfinite(metrics["gradient_norm"])
+        new = {"params": params, "opt_state": opt_state}
+        old = {name: state[name] for name in new}
+        kept = jax.tree.map(
+            lambda a, b: jnp.where(finite, a, b) if jnp.issubdtype(a.dtype, jnp.floating) else a,
+            new,
+            old,
+        )
+        return {**kept, "step": state["step"] + 1}, metrics
 
     everywhere = replicated(mesh)
     abstract_state = jax.tree.map(
@@ -154,19 +168,25 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         out_shardings=everywhere,
     )
     shardings = (everywhere, everywhere, by_rows(mesh), everywhere, None)
+    donated = () if config.run.debug_nans else (0,)  # JAX repeats a call to find the NaN in it
     accumulate = jax.jit(
-        accumulate, in_shardings=shardings, out_shardings=everywhere, donate_argnums=0
+        accumulate,
+        in_shardings=shardings,
+        out_shardings=everywhere,
+        donate_argnums=donated,
     )
-    apply = jax.jit(apply, out_shardings=everywhere, donate_argnums=0)
+    apply = jax.jit(apply, out_shardings=everywhere, donate_argnums=donated)
 
-    def update(state: State, codes: UInt8[np.ndarray, "B T"]) -> tuple[State, dict[str, Array]]:
+    def update(state: State, codes: UInt8[np.ndarray, "B T"]) -> tuple[State, dict[str, Any]]:
         # A loop of the host's, for the reason given in `PatchWave.encode_segment`. Row i of the
         # batch is in micro-batch i % count, so that each device keeps the rows it has.
-        total = zeros()
+        total, parts = zeros(), []
         for index in range(count):
             micro = codes.reshape(rows, count, -1)[:, index]
-            total = accumulate(total, state["params"], micro, state["step"], index)
-        return apply(state, total)
+            total, nats = accumulate(total, state["params"], micro, state["step"], index)
+            parts.append(nats)
+        state, metrics = apply(state, total)
+        return state, {**metrics, "micro_batch_nats": parts}
 
     return Step(
         config=config,

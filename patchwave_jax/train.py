@@ -6,25 +6,26 @@ A working directory that holds checkpoints is resumed. SIGTERM and Ctrl-C save a
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
 from patchwave_jax import (
-    checkpoint,
     expected,
     measure,
     preview,
     quantisers,
+    records,
     reference,
     sliding,
     yardsticks,
@@ -35,7 +36,8 @@ from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.data.windows import Windows, batches, clips
-from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.errors import UserError, exits_cleanly, names_file
+from patchwave_jax.lock import Lock
 from patchwave_jax.log import Log
 from patchwave_jax.step import (
     LN2,
@@ -47,6 +49,7 @@ from patchwave_jax.step import (
     make_schedule,
     make_step,
 )
+from patchwave_jax.watch import Watch
 
 PAPER_PARAMETERS = "3.14M"
 _CONFIGS = "configs/demo.py, laptop.py, ctx128k.py, ctx512k.py, ctx1m.py (or ctx128k.py:dense ...)"
@@ -60,11 +63,12 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
 
     Raises:
       UserError: if the configuration contradicts the checkpoint's model, the data is not there,
-        or the loss is no longer a number (the last good checkpoint is kept).
+        the loss stays without a number, the disk is full or broken, or another process trains
+        there; the last good checkpoint is kept.
     """
     data_dir = config.data.data_dir or default_data_dir()
     ensure_built(config.data.dataset, data_dir)
-    train_split = open_split(data_dir, config.data.dataset, "train")
+    train_split = open_split(data_dir, config.data.dataset, "train", config.data.skip_damaged)
     validation_split = open_split(data_dir, config.data.dataset, "validation")
     windows = make_windows(config, train_split)
 
@@ -83,8 +87,10 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
         flush=True,
     )
 
-    Path(workdir).mkdir(parents=True, exist_ok=True)
     with (
+        names_file(workdir, then=". The last good checkpoint is kept: the same command goes on"),
+        Lock(workdir, "--workdir"),
+        finds_nans(config.run.debug_nans),
         Checkpoints(workdir, keep=run.keep_checkpoints) as checkpoints,
         stop_requested() as stopping,
     ):
@@ -94,30 +100,35 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
         data = batches(windows, done)
 
         with Log(workdir, done, num_steps) as log:
-            clock, timed = time.monotonic(), done
+            watch = Watch(windows, Path(workdir), log.say)
+            clock, timed, evaluating, saving = time.monotonic(), done, False, False
             while done < num_steps and not exhausted(config, flat):
-                state, metrics = step.update(state, next(data)["codes"])
+                batch = next(data)
+                state, metrics = step.update(state, batch["codes"])
                 done += 1
+                watch.add(done, metrics, int(batch["redrawn"].sum()))
                 log.advance()
                 stop, last = stopping(), done == num_steps
-                evaluating = done % run.eval_every_steps == 0 or last
-                saving = done % run.save_every_steps == 0 or evaluating or stop
+                evaluating |= done % run.eval_every_steps == 0 or last
+                saving |= done % run.save_every_steps == 0 or evaluating or stop
                 if done % run.log_every_steps == 0 or saving:
-                    nats, gradient_norm = (float(metrics[k]) for k in ("nll_nats", "gradient_norm"))
-                    require_finite(nats, gradient_norm, done, checkpoints.latest)
+                    read = watch.read()
+                    watch.require_finite(last, checkpoints.latest)
                     seconds = (time.monotonic() - clock) / (done - timed)
                     values = {
-                        "nll_nats": nats,
-                        "nll_bits": nats / LN2,
-                        "gradient_norm": gradient_norm,
+                        **read,
+                        "nll_bits": read["nll_nats"] / LN2,
                         "learning_rate": float(jax.device_get(schedule(done - 1))),
                         "seconds_per_step": seconds,
                         "targets_per_second": targets_per_step / seconds,
                         "targets": done * targets_per_step,
                     }
                     log.write(done, "train", values)
+                    clock, timed = time.monotonic(), done
+                if watch.in_a_row:
+                    continue  # what is due waits for a finite loss: it tells that the state is good
                 validation = None
-                if evaluating and not stop:
+                if evaluating:  # though it is to stop: the next start could not make up for it
                     tally = measure.measure(evaluator, state["params"], targets)
                     result = measure.result(tally, targets)
                     log.write(done, "validation", dataclasses.asdict(result))
@@ -142,8 +153,9 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
                 sampling = run.sample_every_steps > 0 and done % run.sample_every_steps == 0
                 if sampling and not stop:
                     log.clips(done, preview.make(config, state["params"], workdir, done, stopping))
-                if done % run.log_every_steps == 0 or saving or sampling:
+                if saving or sampling:
                     clock, timed = time.monotonic(), done
+                evaluating, saving = False, False
                 if stop:
                     log.say(f"stopped by a signal; saved step {done}. The same command goes on.")
                     return False
@@ -181,18 +193,19 @@ def restore_or_init(
     config: Config, step: Step, checkpoints: Checkpoints, split: Split
 ) -> tuple[State, float | None, int]:
     """The state to go on from, the best validation NLL so far, and how long it has been flat."""
-    if checkpoints.latest is None:
+
+    def check(record: records.Record) -> None:
+        records.check_continues(config, split.manifest_hash, record)
+        for change in records.changes(config, record.config):
+            logging.warning("changed since the checkpoint: %s", change)
+
+    resumed = checkpoints.resume(step.abstract_state, check)
+    if resumed is None:
         state = step.init()
         if config.model.head == "logistic_mixture":
             state["params"] = start_from_linear_prediction(config, step, state["params"], split)
         return state, None, 0
-    record = checkpoints.record(checkpoints.latest)
-    checkpoint.check_same_model(config, record.config)
-    for change in checkpoint.changes(config, record.config):
-        logging.warning("changed since the checkpoint: %s", change)
-    if record.manifest_hash != split.manifest_hash:
-        logging.warning("the data is not what the checkpoint was trained on: its manifest differs")
-    state = checkpoints.restore(checkpoints.latest, step.abstract_state)
+    state, record = resumed
     print(f"resumed from step {checkpoints.latest}", flush=True)
     return state, record.best_nats, record.flat_evals
 
@@ -202,7 +215,8 @@ def start_from_linear_prediction(config: Config, step: Step, params: Any, split:
     quantiser = quantisers.get(config.data.quantiser)
     stretches = list(clips(split, 2**15, drop_last=False))
     chosen = stretches[:: max(1, len(stretches) // 64)]
-    excerpts = [quantiser.encode(split.read(c.recording, c.start, c.length)) for c in chosen]
+    audio = split.excerpts((c.recording, c.start, c.length) for c in chosen)
+    excerpts = [quantiser.encode(pcm) for pcm in audio]
     taps, scale = yardsticks.fit_linear(excerpts, quantiser, config.model.predictor_taps)
     model = nnx.merge(step.graphdef, params)
     model.head.start_from(taps, scale)
@@ -210,15 +224,17 @@ def start_from_linear_prediction(config: Config, step: Step, params: Any, split:
     return jax.device_put(nnx.state(model), shardings)
 
 
-def require_finite(nats: float, gradient_norm: float, done: int, latest: int | None) -> None:
-    """Raises `UserError` if the loss or its gradient is not a number."""
-    if math.isfinite(nats) and math.isfinite(gradient_norm):
-        return
-    kept = "no checkpoint is there yet" if latest is None else f"step {latest} is the last good one"
-    raise UserError(
-        f"step {done}: the loss is {nats} and its gradient's norm {gradient_norm}; {kept}. "
-        "Lower config.train.learning_rate or set config.train.clip_norm, and start again from there"
-    )
+@contextlib.contextmanager
+def finds_nans(wanted: bool) -> Iterator[None]:
+    """Within it, if wanted, the first NaN ends the run by a `UserError` that says where it is."""
+    try:
+        with jax.debug_nans(wanted):
+            yield
+    except FloatingPointError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if Path(__file__).parent in Path(f.filename).parents]
+        place = f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}: {own[-1].line}"
+        raise UserError(f"{place}: {str(error).splitlines()[0]}") from error
 
 
 @contextlib.contextmanager
@@ -242,7 +258,9 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
 def write_config(config: Config, workdir: str | os.PathLike[str]) -> None:
     """Puts the configuration beside the checkpoints, for people to read."""
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    (Path(workdir) / "config.json").write_text(text)
+    aside = Path(workdir) / "config.tmp"
+    aside.write_text(text)
+    aside.replace(aside.with_suffix(".json"))
 
 
 def closing_words(
@@ -267,41 +285,53 @@ def closing_words(
     return "\n".join(lines)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """As absl does; what is wrong with `--config` is a `UserError`."""
-    try:
-        rest = app.parse_flags_with_usage(argv)
-        missing = not list(_CONFIG.value or ())  # a file that is not there shows only now
-    except OSError as error:
-        name = flags.FLAGS["config"].config_filename  # pyright: ignore
-        raise UserError(f"--config={name} is no file; those that come along: {_CONFIGS}") from error
-    except AttributeError as error:
-        if not isinstance(error.args[0], KeyError):
-            raise
-        name, *hint = error.args[0].args[0].splitlines()
-        hint = hint[0] if hint else "patchwave_jax/config.py lists all"
-        raise UserError(f"--config has no field {name}. {hint}") from error
-    if missing:
-        raise UserError(f"--config is missing; those that come along: {_CONFIGS}")
-    return rest
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}")
-    logging.set_verbosity(logging.WARNING)  # orbax tells a lot
-    config = from_config_dict(_CONFIG.value)
-    name = Path(flags.FLAGS["config"].config_filename).stem  # pyright: ignore
-    train(config, _WORKDIR.value or f"runs/{name}")
-
-
-if __name__ == "__main__":
-    keep_compilations()
-    _CONFIG = config_flags.DEFINE_config_file(
+def parse(argv: list[str]) -> tuple[Config, str]:
+    """The configuration and the working directory that a command line asks for."""
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file(
         "config",
         None,
         "A file of configs/, such as configs/ctx128k.py:dense. Its fields, listed in "
         "patchwave_jax/config.py, are set like this: --config.train.batch_size=8.",
+        flag_values=values,
+        sys_argv=argv,
     )
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/CONFIG.")
-    exits_cleanly(app.run)(main, None, parse_flags)
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Where the run lives; default: runs/CONFIG.", flag_values=values
+    )
+    wants_help = flags.DEFINE_bool("help", False, "Show this.", flag_values=values)
+    try:
+        rest = values(argv)[1:]
+        if wants_help.value:
+            print(f"{__doc__}\n{values.get_help()}")
+            sys.exit()
+        tree = config.value
+        if tree is not None:
+            tree.to_dict()  # a file that can't be loaded tells it when it is asked
+    except Exception as error:  # of absl, of ml_collections, or of the file itself
+        given = [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
+        name = given[-1].split(":")[0] if given else ""
+        if isinstance(error, OSError) and not Path(name).is_file():
+            told = f"--config={name} is no file; those that come along: {_CONFIGS}"
+            raise UserError(told) from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = " ".join(lines if len(lines) < 4 else lines[-1:]) or type(error).__name__
+        raise UserError(f"--config: {told}; see --help") from error
+    if rest:
+        raise UserError(f"unknown argument {rest[0]!r}; see --help")
+    if tree is None:
+        raise UserError(f"--config is missing; those that come along: {_CONFIGS}")
+    name = Path(values["config"].config_filename).stem  # pyright: ignore
+    return from_config_dict(tree), workdir.value or f"runs/{name}"
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    """`argv` holds the flags only, as for the other commands."""
+    logging.set_verbosity(logging.WARNING)  # orbax tells a lot
+    train(*parse([sys.argv[0], *(sys.argv[1:] if argv is None else argv)]))
+
+
+if __name__ == "__main__":
+    keep_compilations()
+    main()

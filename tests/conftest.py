@@ -67,3 +67,7 @@ def smooth_codes(rows: int, samples: int, seed: int = 0) -> np.ndarray:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--kills", type=int, help="how often tests/crash kills, in all")

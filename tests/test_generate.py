@@ -194,6 +194,7 @@ def test_what_was_written_past_the_record_is_cut_off(tmp_path):
         file.write(b"more")
     with outputs.path(1, ".wav").open("ab") as file:
         file.write(b"more")
+    outputs.lock.release()
     again = Outputs.resume(tmp_path / "o")
     assert again.made == 150
     np.testing.assert_array_equal(again.codes(90, 120), np.hstack([codes, codes])[:, 90:120])
@@ -213,6 +214,7 @@ def test_a_full_disk_keeps_what_was_made(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert audio_of(outputs.path(0, ".wav")).size == 1000
+    outputs.lock.release()
     again = Outputs.resume(tmp_path / "o")
     again.append(np.zeros((1, 2000), np.uint8), np.zeros((1, 2000), np.float32))
     assert audio_of(outputs.path(0, ".wav")).size == 3000

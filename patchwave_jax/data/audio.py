@@ -7,6 +7,7 @@ Channels are mixed by their mean, then resampled with soxr, rounded and clipped.
 import dataclasses
 import hashlib
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,13 @@ import soundfile as sf
 import soxr
 from jaxtyping import Int16
 
-from patchwave_jax.errors import UserError
+from patchwave_jax.errors import UserError, shown
 
 SAMPLE_RATE = 16_000
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 MIN_SAMPLES = 2000  # one patch, 125 ms
-BLOCK_FRAMES = 1 << 18
+BLOCK_FRAMES = 1 << 18  # of one channel
+RATES = range(1_000, 768_001)  # of sources; a header with another lies, and would fill the memory
 
 # Sizes that programs write into a WAV header when they stream and can't come back to fill it in.
 _STREAMING_SIZES = (0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF)
@@ -32,7 +34,7 @@ class BadAudioError(UserError):
     """A file that can't be used: `reason` says why and what to do, without the file's path."""
 
     def __init__(self, path: Path, reason: str):
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{shown(path)}: {reason}")
         self.path, self.reason = path, reason
 
 
@@ -107,13 +109,20 @@ def _decode(path: Path) -> Iterator[Int16[np.ndarray, " _"]]:
     try:
         with open(path, "rb") as raw, sf.SoundFile(raw) as file:
             frames_declared = file.frames
+            if file.samplerate not in RATES:
+                raise BadAudioError(
+                    path,
+                    f"declares a sample rate of {file.samplerate} Hz, not one of {RATES[0]} to "
+                    f"{RATES[-1]}; export it again",
+                )
+            block_frames = max(1, BLOCK_FRAMES // file.channels)
             resampler = None
             if file.samplerate != SAMPLE_RATE:
                 resampler = soxr.ResampleStream(
                     file.samplerate, SAMPLE_RATE, 1, dtype="float64", quality="VHQ"
                 )
             while True:
-                block = file.read(BLOCK_FRAMES, dtype="float64", always_2d=True)
+                block = file.read(block_frames, dtype="float64", always_2d=True)
                 if not np.isfinite(block).all():
                     where = frames_read + int(np.argmin(np.isfinite(block).all(1)))
                     raise BadAudioError(
@@ -124,9 +133,9 @@ def _decode(path: Path) -> Iterator[Int16[np.ndarray, " _"]]:
                 frames_read += len(block)
                 mono = block.mean(1) if len(block) else np.zeros(0)
                 if resampler is not None:
-                    mono = resampler.resample_chunk(mono, last=len(block) < BLOCK_FRAMES)
+                    mono = resampler.resample_chunk(mono, last=len(block) < block_frames)
                 yield np.clip(np.round(mono * 32768), -32768, 32767).astype(np.int16)
-                if len(block) < BLOCK_FRAMES:
+                if len(block) < block_frames:
                     break
             bytes_reached, is_mp3 = raw.tell(), file.format == "MP3"
     except (sf.SoundFileError, RuntimeError) as error:  # soxr raises the latter
@@ -154,6 +163,8 @@ def _truncated(path: Path, found: str) -> BadAudioError:
 def _check_container(path: Path) -> None:
     """Finds truncation that libsndfile passes over: a WAV or OGG that just ends early."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to read a pipe would wait for ever
+            raise BadAudioError(path, "is no regular file; put the audio itself there")
         with open(path, "rb") as file:
             magic = file.read(4)
             size = file.seek(0, os.SEEK_END)
@@ -173,7 +184,9 @@ def _check_wav(path: Path, file, size: int) -> None:
     while len(header := file.read(8)) == 8:
         name, declared = struct.unpack("<4sI", header)
         if name == b"ds64":  # RF64: the 64-bit sizes of the file and of its data
-            long_data_bytes = struct.unpack("<QQ", file.read(16))[1]
+            if declared < 16 or len(sizes := file.read(16)) < 16:
+                break
+            long_data_bytes = struct.unpack("<QQ", sizes)[1]
             file.seek(declared - 16, os.SEEK_CUR)
             continue
         if name != b"data":

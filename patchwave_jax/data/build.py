@@ -20,7 +20,7 @@ from patchwave_jax.data.maestro import maestro_dataset_builder
 from patchwave_jax.data.manifest import Manifest
 from patchwave_jax.data.piano_demo import piano_demo_dataset_builder
 from patchwave_jax.data.youtube_mix import youtube_mix_dataset_builder
-from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.errors import UserError, exits_cleanly, shown
 
 _BUILDERS: dict[str, type[builder.AudioBuilder]] = {
     "piano_demo": piano_demo_dataset_builder.Builder,
@@ -99,8 +99,9 @@ def _build_aside(
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download
             tfds_builder.download_and_prepare(download_config=config)
     except (OSError, RuntimeError) as error:
+        told = " ".join(str(error).split())
         raise UserError(
-            f"can't write the dataset to {staging.parent}: {error}; it takes up to "
+            f"can't write the dataset to {staging.parent}: {told}; it takes up to "
             f"{tfds_builder.needed_bytes / 2**20:.0f} MiB"
         ) from error
     return Path(tfds_builder.data_path)
@@ -160,7 +161,7 @@ def _difference(built: Manifest, planned: list[builder.Planned]) -> str:
         ],
     }
     return "; ".join(
-        f"{kind}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}"
+        f"{kind}: {shown(', '.join(names[:5]))}{f' and {len(names) - 5} more' if names[5:] else ''}"
         for kind, names in changed.items()
         if names
     )
@@ -177,7 +178,7 @@ def report(built: Manifest, data_dir: str | os.PathLike[str]) -> str:
         lines.append(f"{split:<12}{len(files):>7}{recordings:>12}{minutes:>10.1f}")
     if built.skipped:
         lines.append(f"{len(built.skipped)} files left out:")
-        lines += [f"  {entry.name}: {entry.reason}" for entry in built.skipped]
+        lines += [f"  {shown(entry.name)}: {entry.reason}" for entry in built.skipped]
     total = len(built.files) + len(built.skipped)
     expected = youtube_mix_dataset_builder.NUM_FILES
     if built.dataset == "youtube_mix" and total != expected:
@@ -185,7 +186,7 @@ def report(built: Manifest, data_dir: str | os.PathLike[str]) -> str:
     first: dict[str, str] = {}
     for entry in built.files:
         if first.setdefault(entry.sha256, entry.split) != entry.split:
-            lines.append(f"warning: {entry.name} also stands in {first[entry.sha256]}")
+            lines.append(f"warning: {shown(entry.name)} also stands in {first[entry.sha256]}")
     lines.append(
         "next: python -m patchwave_jax.train --config=configs/ctx128k.py:dense --workdir=DIR "
         f"--config.data.dataset={built.dataset} --config.data.data_dir={data_dir}"

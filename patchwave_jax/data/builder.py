@@ -12,7 +12,7 @@ import functools
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,12 +20,26 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
+from tensorflow_datasets.core.writer import ExampleWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
 from patchwave_jax.data import audio, manifest
 from patchwave_jax.data.manifest import RECORD_SAMPLES, FileEntry, Manifest, SkippedEntry
 from patchwave_jax.errors import UserError
 
+_pb: Any = tf_example_pb2
 SHARD_RECORDS = 256  # 64 MiB of PCM: also what a build holds in memory
+
+
+class _Ordered(ExampleWriter):
+    """Writes a record's features in one order; protobuf's own is another in every process."""
+
+    def write(self, path: Any, examples: Iterable[Any]) -> Any:
+        ordered = (
+            (key, _pb.Example.FromString(data).SerializeToString(deterministic=True))
+            for key, data in examples
+        )
+        return super().write(path, ordered)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +66,9 @@ class AudioBuilder(
         super().__init__(**{"file_format": "array_record", **kwargs})
         self._skip_bad = skip_bad
         self.needed_bytes = 0  # at most, known after the scan
+
+    def _example_writer(self) -> ExampleWriter:
+        return _Ordered(super()._example_writer().file_format)
 
     @staticmethod
     @abc.abstractmethod
@@ -158,7 +175,10 @@ def scan(dataset: str, planned: Sequence[Planned], skip_bad: bool) -> Manifest:
 
     def examine(file: Planned) -> audio.Facts | audio.BadAudioError:
         try:
+            file.name.encode()
             return audio.scan(file.path)
+        except UnicodeEncodeError:
+            return audio.BadAudioError(file.path, "has a name that is not UTF-8; rename it")
         except audio.BadAudioError as error:
             return error
 

@@ -4,17 +4,22 @@ import dataclasses
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from jaxtyping import Int16
 
 from patchwave_jax.data import manifest
 from patchwave_jax.data.manifest import Manifest
 from patchwave_jax.errors import UserError
+
+
+class DamagedShardError(UserError):
+    """A shard that can't be read, or is not the one that was built."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +51,19 @@ class Split:
       dataset: The dataset's name.
       recordings: In the order of their indices.
       manifest_hash: SHA-256 of the dataset's manifest, which pins every source file.
+      skip_damaged: Whether those who need not read all of it pass by what is damaged.
     """
 
-    def __init__(self, directory: Path, built: Manifest, manifest_hash: str, name: str):
+    def __init__(
+        self,
+        directory: Path,
+        built: Manifest,
+        manifest_hash: str,
+        name: str,
+        skip_damaged: bool = False,
+    ):
         """Of the dataset in `directory`, described by `built`. Use `open_split`."""
+        self.skip_damaged = skip_damaged
         self.name, self.dataset, self.manifest_hash = name, built.dataset, manifest_hash
         entries = [entry for entry in built.recordings if entry.split == name]
         self.recordings = tuple(
@@ -99,16 +113,42 @@ class Split:
             pcm[low - start : high - start] = record[low - number * size : high - number * size]
         return pcm
 
+    def excerpts(
+        self, stretches: Iterable[tuple[int, int, int]]
+    ) -> Iterator[Int16[np.ndarray, " _"]]:
+        """PCM of each `(recording, start, count)`, without the damaged ones if they may be skipped.
+
+        Raises:
+          UserError: as `read`; or if nothing is left.
+        """
+        found, last = 0, None
+        for recording, start, count in stretches:
+            try:
+                pcm = self.read(recording, start, count)
+            except DamagedShardError as error:
+                if not self.skip_damaged:
+                    raise
+                logging.warning("passed by: %s", error)
+                last = error
+                continue
+            found += 1
+            yield pcm
+        if not found:
+            raise UserError(f"nothing of {self!r} can be read: {last}")
+
     def _read_record(self, recording: int, number: int) -> Int16[np.ndarray, " _"]:
         key = self._first_records[recording] + number
         try:
             record = self._open()[key]
         except Exception as error:  # array_record, riegeli and protobuf each have their own kinds
-            raise UserError(f"{self._shard_of(key)} is damaged: {_first_line(error)}") from error
+            raise DamagedShardError(
+                f"{self._shard_of(key)} is damaged: {_first_line(error)}; build the dataset again "
+                "with --overwrite, or train without that part: --config.data.skip_damaged=True"
+            ) from error
         begin = number * self._record_samples
         expected = min(self._record_samples, self._lengths[recording] - begin)
         if record["start"] != begin or record["audio"].size != expected:
-            raise UserError(
+            raise DamagedShardError(
                 f"{self._shard_of(key)} does not belong to its manifest; "
                 "build the dataset again with --overwrite"
             )
@@ -132,7 +172,9 @@ class Split:
         )
 
 
-def open_split(data_dir: str | os.PathLike[str], dataset: str, split: str) -> Split:
+def open_split(
+    data_dir: str | os.PathLike[str], dataset: str, split: str, skip_damaged: bool = False
+) -> Split:
     """The named split of a built dataset.
 
     Raises:
@@ -142,7 +184,8 @@ def open_split(data_dir: str | os.PathLike[str], dataset: str, split: str) -> Sp
     built, manifest_hash = manifest.load(data_dir, dataset)
     if split not in built.splits:
         raise UserError(f"{dataset} has no split {split!r}; it has {', '.join(built.splits)}")
-    return Split(manifest.dataset_dir(data_dir, dataset), built, manifest_hash, split)
+    directory = manifest.dataset_dir(data_dir, dataset)
+    return Split(directory, built, manifest_hash, split, skip_damaged)
 
 
 def _tfds_builder(directory: Path) -> Any:

@@ -16,12 +16,13 @@ from absl import logging
 from jaxtyping import Int16, Int64
 
 from patchwave_jax import quantisers
-from patchwave_jax.data.index import Split
+from patchwave_jax.data.index import DamagedShardError, Split
 from patchwave_jax.data.permutation import MAX_SIZE, permute, random_bits
 from patchwave_jax.errors import UserError
 
 # What a key is for, so that streams under one seed are unrelated.
-_EPOCH, _POSITIONS, _AUGMENT = 0, 1, 2
+_EPOCH, _POSITIONS, _AUGMENT, _REDRAW = 0, 1, 2, 3
+_MAX_REDRAWS = 100  # for one row; then hardly anything is left to train on
 
 
 class Windows:
@@ -78,6 +79,7 @@ class Windows:
             raise UserError(f"rows {self.rows} reach beyond batch_size {batch_size}")
         self._quantiser, self._seed = quantisers.get(quantiser), seed
         self._gain_db, self._pitch_semitones = gain_db, pitch_semitones
+        self._damages: set[str] = set()  # that were told
 
         lengths = np.array([recording.num_samples for recording in split.recordings], np.int64)
         counts = np.maximum(lengths - window_samples + 1, 0)
@@ -125,6 +127,13 @@ class Windows:
             position[at] = permute(within[at], self.epoch_positions, *key)
         if self.epoch_positions < self.num_positions:
             position = permute(position, self.num_positions, _POSITIONS, self._seed)
+        return self._place(position)
+
+    def _place(
+        self, position: Int64[np.ndarray, " rows"]
+    ) -> tuple[Int64[np.ndarray, " rows"], Int64[np.ndarray, " rows"]]:
+        """Recordings and starts of positions."""
+        position = position.astype(np.int64)
         recordings = np.searchsorted(self._first_positions, position, side="right") - 1
         return recordings, position - self._first_positions[recordings]
 
@@ -135,16 +144,36 @@ class Windows:
           codes: uint8 [rows, window_samples].
           recording: int32 [rows], index of each row's recording.
           start: int64 [rows], where in its recording the row's audio begins.
+          redrawn: int32 [rows], windows that were damaged, and another drawn in their place.
 
         Raises:
-          UserError: naming the shard, if it is damaged.
+          UserError: naming the shard, if it is damaged and the split does not skip that.
         """
         recordings, starts = self._locate(index, self.rows)
         codes = np.empty((len(self.rows), self.window_samples), np.uint8)
+        redrawn = np.zeros(len(self.rows), np.int32)
         for i, row in enumerate(self.rows):
-            pcm, starts[i] = self._pcm(index, row, int(recordings[i]), int(starts[i]))
-            codes[i] = self._quantiser.encode(pcm)
-        return {"codes": codes, "recording": recordings.astype(np.int32), "start": starts}
+            while True:
+                try:
+                    pcm, start = self._pcm(index, row, int(recordings[i]), int(starts[i]))
+                    break
+                except DamagedShardError as error:
+                    if not self.split.skip_damaged or redrawn[i] == _MAX_REDRAWS:
+                        raise
+                    if str(error) not in self._damages:
+                        self._damages.add(str(error))
+                        logging.warning("skipped: %s", error)
+                    key = _REDRAW, self._seed, index, row, int(redrawn[i])
+                    position = random_bits(1, *key) % np.uint64(self.num_positions)
+                    recordings[i : i + 1], starts[i : i + 1] = self._place(position)
+                    redrawn[i] += 1
+            codes[i], starts[i] = self._quantiser.encode(pcm), start
+        return {
+            "codes": codes,
+            "recording": recordings.astype(np.int32),
+            "start": starts,
+            "redrawn": redrawn,
+        }
 
     def _pcm(
         self, step: int, row: int, recording: int, start: int

@@ -7,7 +7,7 @@ import numpy as np
 from patchwave_jax.data import audio, natural
 from patchwave_jax.data.builder import AudioBuilder, Planned
 from patchwave_jax.data.manifest import SPLITS
-from patchwave_jax.errors import UserError
+from patchwave_jax.errors import UserError, shown
 
 _SHUFFLE_SEED = 0
 
@@ -24,7 +24,8 @@ class Builder(AudioBuilder):
         The split by file is a shuffle with a fixed seed, so it depends on the set of names only,
         and leaves at least one file in each split. A file is a recording.
         """
-        paths = [path for path in source.rglob("*") if audio.is_audio(path) and path.is_file()]
+        # A dead link or a pipe is planned, too, and then told when it is read.
+        paths = [path for path in source.rglob("*") if audio.is_audio(path) and not path.is_dir()]
         names = sorted((path.relative_to(source).as_posix() for path in paths), key=natural.key)
         names = [name for name in names if not any(p.startswith(".") for p in name.split("/"))]
         if not names:
@@ -32,7 +33,9 @@ class Builder(AudioBuilder):
         if any((source / split).is_dir() for split in SPLITS):
             stray = [name for name in names if name.split("/")[0] not in SPLITS]
             if stray:
-                raise UserError(f"{source} has split folders, but outside them: {', '.join(stray)}")
+                raise UserError(
+                    f"{source} has split folders, but outside them: {shown(', '.join(stray))}"
+                )
             splits = [name.split("/")[0] for name in names]
             if "train" not in splits:
                 raise UserError(f"{source} has split folders, but no audio in {source / 'train'}")

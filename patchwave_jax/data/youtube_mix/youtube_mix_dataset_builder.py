@@ -5,7 +5,7 @@ from pathlib import Path
 
 from patchwave_jax.data import audio
 from patchwave_jax.data.builder import AudioBuilder, Planned
-from patchwave_jax.errors import UserError
+from patchwave_jax.errors import UserError, shown
 
 NUM_FILES = 241  # of the published set
 _NUMBERED = re.compile(r"(?P<prefix>.*?)(?P<number>\d+)(?P<suffix>\.[^.]+)")
@@ -101,4 +101,4 @@ def numbered_files(folder: Path, first: int | None) -> list[Path]:
 
 def _listed(names: list[str], most: int = 20) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return shown(", ".join(names[:most])) + more
