@@ -150,7 +150,7 @@ def parts(config: Config, runs: int) -> dict[str, Any]:
     targets = rng.integers(0, 256, tokens.shape[:3], np.uint8)
 
     def encoder(params: Any) -> jax.Array:
-        return nnx.merge(graphdef, params).encode_segment(codes).tokens.sum()
+        return nnx.merge(graphdef, params).encode_segment(jnp.asarray(codes)).tokens.sum()
 
     def transformer(params: Any, tokens: Any) -> jax.Array:
         model = nnx.merge(graphdef, params)

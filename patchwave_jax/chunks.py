@@ -119,7 +119,7 @@ def recomputed(function: Callable[[Array, Any], Any], pieces: list[tuple[Array, 
 
 def _any(tree: Any) -> Array:
     """A number that depends on all leaves."""
-    return sum((x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(tree)), jnp.float32(0))
+    return jnp.stack([x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(tree)]).sum()
 
 
 def _count(tree: Any, axis: int, size: int) -> int:

@@ -235,7 +235,7 @@ def keep_compilations() -> None:
 
     `JAX_COMPILATION_CACHE_DIR` names another place, `JAX_ENABLE_COMPILATION_CACHE=0` is none.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
         folder = Path.home() / ".cache/patchwave_jax/compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
