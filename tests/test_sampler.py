@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 from scipy import stats
 
 from patchwave_jax import agreement, preview, quantisers, sampler, sliding
+from patchwave_jax.adaptive import Prediction
 from patchwave_jax.config import Config, DataConfig, ModelConfig, RunConfig
 from patchwave_jax.errors import UserError
 from patchwave_jax.sampler import Knobs, Sampler
@@ -244,7 +245,8 @@ def test_draws_are_safe_at_the_ends():
 def test_the_mixtures_drawing_logits_are_its_logits(quantiser, rng):
     _, made, _ = make(OURS, quantiser=quantiser)
     hidden = jnp.asarray(rng.normal(size=(64, OURS.readout_width)), jnp.float32)
-    prediction = jnp.asarray(rng.uniform(-1, 1, 64), jnp.float32)
+    mean = jnp.asarray(rng.uniform(-1, 1, 64), jnp.float32)
+    prediction = Prediction(mean, jnp.full(64, np.exp(-5.0), jnp.float32), None, None)
     exact = np.asarray(made.head.logits(hidden, prediction))
     cheap = np.asarray(made.head.drawing_logits(hidden, prediction))
     possible = exact > -80
