@@ -438,7 +438,7 @@ def test_memory_does_not_grow_with_the_split(tmp_path, monkeypatch):
         build("audio_folder", source, tmp_path / f"data{megabytes}")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.2 * peaks[0]
+    assert peaks[1] < 1.5 * peaks[0]  # of four times the audio
 
 
 @pytest.mark.parametrize("change", [-1000, 1000])
