@@ -71,8 +71,12 @@ class Incremental:
         return nnx.merge(self._graphdef, params)
 
     def fold(self, params: Any) -> Folded:
-        """The attention's folded weights, so that they are computed once."""
-        return [block.attention.folded() for block in self.merge(params).blocks]
+        """The attention's folded weights, so that they are computed once.
+
+        The output matrix is laid out [H, D, D], as a step reads it without moving it.
+        """
+        folded = [block.attention.folded() for block in self.merge(params).blocks]
+        return [(a, b, mix.transpose(1, 2, 0), d) for a, b, mix, d in folded]
 
     def empty(self, rows: int) -> State:
         """A state of `rows` streams to be primed."""
@@ -175,7 +179,7 @@ class Incremental:
             for block, weights, cache in zip(model.blocks, folded, caches, strict=True):
                 keys = block.attention_norm(x).astype(x.dtype)
                 filled.append(lax.dynamic_update_slice(cache, keys.reshape(shape), at))
-                x = block.feed_forward(x + attend(weights, keys, keys, mask))
+                x = block.feed_forward(x + attend(_as_attend(weights), keys, keys, mask))
             return filled
 
         return lax.fori_loop(0, size // chunk, fill, caches)
@@ -350,12 +354,18 @@ class Incremental:
             last = block is model.blocks[-1]
             keys = block.attention_norm(x).astype(x.dtype)
             x, queries = (x[:, -1:], keys[:, -1:]) if last else (x, keys)
-            x = block.feed_forward(x + attend(weights, queries, keys, None))
+            x = block.feed_forward(x + attend(_as_attend(weights), queries, keys, None))
         return x[:, -1]
 
 
 def _put_token(cache: Array, token: Float[Array, "B D"], number: Array, phase: Array) -> Array:
     return lax.dynamic_update_slice(cache, token[None, :, None], (phase, 0, number, 0))
+
+
+def _as_attend(weights: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+    """Weights of `Incremental.fold` as `attend` takes them."""
+    score, score_bias, mix, bias = weights
+    return score, score_bias, mix.transpose(2, 0, 1), bias
 
 
 def _attend_one(
@@ -374,7 +384,7 @@ def _attend_one(
     total = weights.sum(-1, keepdims=True)
     mixed = jnp.einsum("bhk,bke->bhe", weights.astype(query.dtype), keys)
     mixed = (mixed / total).astype(query.dtype)
-    return mixed.reshape(rows, -1) @ mix.reshape(width, -1).T + bias
+    return mixed.reshape(rows, -1) @ mix.reshape(-1, width) + bias
 
 
 def _product(taps: Float[Array, "B *taps F"], kernel: Array) -> Float[Array, "B D"]:
