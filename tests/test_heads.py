@@ -69,6 +69,30 @@ def test_log_prob_is_the_logit_of_its_code(rng):
         np.testing.assert_allclose(got, np.diag(log_probs), rtol=1e-5, atol=2e-5)
 
 
+def test_a_component_leans_towards_single_predictors(rng):
+    """Means by hand from the linear layer's outputs: weight, offset, scale, one for each."""
+    head = LogisticMixture(
+        6,
+        components=3,
+        taps=8,
+        adaptive=2,
+        quantiser="mulaw",
+        dtype=jnp.dtype("float32"),
+        rngs=nnx.Rngs(0),
+    )
+    hidden = jnp.asarray(rng.normal(0, 5, (40, 6)), jnp.float32)
+    mean, scale = rng.uniform(-0.5, 0.5, 40), rng.uniform(0.01, 0.1, 40)
+    others = rng.normal(size=(40, 3))
+    values = (jnp.asarray(x, jnp.float32) for x in (mean, scale, others))
+    prediction = Prediction(*values, None)
+    raw = np.asarray(head.linear(hidden), np.float64).reshape(40, 3, 6)
+    offsets = raw[..., 1] + np.einsum("nkj,nj->nk", raw[..., 3:], others)
+    _, means, log_scales = head._mixture(hidden, prediction)
+    np.testing.assert_allclose(means, mean[:, None] + scale[:, None] * offsets, atol=1e-5)
+    np.testing.assert_allclose(log_scales, raw[..., 2] + np.log(scale)[:, None], atol=1e-4)
+    np.testing.assert_allclose(jnp.exp(head.logits(hidden, prediction)).sum(-1), 1, atol=1e-4)
+
+
 def test_gradients_are_finite_everywhere(rng):
     head = mixture()
     graphdef, params = nnx.split(head)
