@@ -11,7 +11,7 @@ from patchwave_jax.sampler import Knobs, Sampler
 
 CHECK_SAMPLES = 2000  # generated before and after the window slides
 TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.3}  # between two orders of the same sums
-ADAPTIVE_TOLERANCE_NATS = 0.05  # the normal equations of adaptive predictors amplify rounding
+ADAPTIVE_TOLERANCE_NATS = 0.2  # the normal equations of adaptive predictors amplify rounding
 
 
 @dataclasses.dataclass(frozen=True)
