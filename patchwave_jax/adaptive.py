@@ -9,7 +9,9 @@ units of a tracked error scale, and learns whom to trust. Nothing here has param
 are a function of the codes, of the past only, and of where the blocks begin.
 
 A block begins at every `block_samples`-th sample of a patch, so the two forms of the model agree
-once the patch form is told how far into its block the target is (its `age`).
+once the patch form is told how far into its block the target is (its `age`). That holds for targets
+whose window is as long as what the predictors reach for. For shorter ones the dense form's see all
+of the segment before a target: up to a patch less one sample more than `sliding.contexts` says.
 
 Dimensions as in `patchwave_jax.model`; `K` taps, `J` predictors, `C` features.
 """
