@@ -3,7 +3,7 @@
 Piano is nearly predictable from its own last half second, and closed-form least squares finds out
 faster than gradient descent in a network could. So the mixture head may be given several linear
 predictors of different orders and memories. Each is fitted before every block of `block_samples`
-samples to the newest `window` samples (tapered autocorrelation, Levinson's recursion) and predicts
+samples to the newest `window` samples (tapered autocorrelation, Schur's recursion) and predicts
 the samples of the block. The network is told what each predicts and how wrong each was lately, in
 units of a tracked error scale, and learns whom to trust. Nothing here has parameters: predictions
 are a function of the codes, of the past only, and of where the blocks begin.
@@ -29,9 +29,8 @@ from patchwave_jax import quantisers
 from patchwave_jax.config import ModelConfig
 
 RIDGE = 2e-7  # of the window's energy, for each tap
-FLOOR = 1e-9  # energy added to a window, so that silence predicts silence
+FLOOR = 1e-9  # energy added for each sample, about the rounding noise of the finest mu-law bins
 FALL_SAMPLES = 32  # of the newest, where the window falls to zero
-STAGE_TAPS = 64  # Levinson's recursion runs on vectors that grow by so many
 BLOCKS_AT_ONCE = 64  # bounds memory, changes no result
 LAGS = 16  # newest errors of each predictor that the network is told
 ERROR_SPANS = (8, 32, 128)  # samples that its mean squared error is told over
@@ -87,6 +86,13 @@ class Predictors:
             for taps, window in zip(self.taps, self.windows, strict=True)
         ]
 
+    def apply(
+        self, coefficients: list[Float32[Array, "B K"]], newest: list[Float32[Array, "B K"]]
+    ) -> Float32[Array, "B J"]:
+        """Each predictor's prediction of what follows its `newest` samples."""
+        pairs = zip(coefficients, newest, strict=True)
+        return jnp.stack([(past[:, ::-1] * fitted).sum(1) for fitted, past in pairs], -1)
+
     def predict(self, waveform: Float32[Array, "B T"], first: int) -> Float32[Array, "B T-first J"]:
         """Predictions of the samples from `first` on, where a block begins.
 
@@ -96,19 +102,21 @@ class Predictors:
         count = waveform.shape[1] - first
         blocks = -(-count // block)
         padded = jnp.pad(waveform, ((0, 0), (0, blocks * block - count)))
-        lag = np.arange(block)[:, None] + np.arange(longest)[None, :]
 
         def of_block(start: Array) -> Array:
             piece = lax.dynamic_slice_in_dim(padded, start, longest + block, 1)
-            found = []
-            for taps, fitted in zip(self.taps, self.coefficients(piece[:, :longest]), strict=True):
-                past = piece[:, lag[:, longest - taps :]]  # [B, block, K], the oldest first
-                found.append(jnp.einsum("btk,bk->bt", past, fitted[:, ::-1]))
-            return jnp.stack(found, -1)
+            fitted = self.coefficients(piece[:, :longest])
+
+            def of_sample(i: Array) -> Array:
+                first = [(taps, longest - taps + i) for taps in self.taps]
+                past = [lax.dynamic_slice_in_dim(piece, at, taps, 1) for taps, at in first]
+                return self.apply(fitted, past)
+
+            return lax.map(of_sample, jnp.arange(block))
 
         starts = first - longest + block * jnp.arange(blocks)
-        predicted = lax.map(of_block, starts, batch_size=BLOCKS_AT_ONCE)  # [n, B, block, J]
-        predicted = jnp.moveaxis(predicted, 0, 1)
+        predicted = lax.map(of_block, starts, batch_size=BLOCKS_AT_ONCE)  # [n, block, B, J]
+        predicted = jnp.moveaxis(predicted, 2, 0)
         return predicted.reshape(padded.shape[0], blocks * block, -1)[:, :count]
 
     def describe(
@@ -168,37 +176,37 @@ def _fit(newest: Float32[Array, "B W"], taps: int) -> Float32[Array, "B K"]:
     spectrum = jnp.fft.rfft(newest * _taper(samples), size)
     power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
     correlation = jnp.fft.irfft(power, size)[:, : taps + 1]
-    energy = correlation[:, 0] * (1 + RIDGE * taps) + FLOOR
-    return _levinson(correlation.at[:, 0].set(energy))
+    energy = correlation[:, 0] * (1 + RIDGE * taps) + FLOOR * samples
+    return _solve(correlation.at[:, 0].set(energy))
 
 
-def _levinson(correlation: Float32[Array, "B K1"]) -> Float32[Array, "B K"]:
-    """Solves the normal equations of linear prediction (Levinson 1947, Durbin 1960).
+def _solve(correlation: Float32[Array, "B K1"]) -> Float32[Array, "B K"]:
+    """Solves the normal equations of linear prediction by Schur's recursion.
 
-    `forward` and `backward` hold the error filters of the order so far, the newest tap first.
+    Levinson's takes each order's reflection coefficient from an inner product of the error filter
+    with the correlation. Here the products of both filters with the correlation at all later lags
+    are carried along instead (Le Roux and Gueguen 1977). The two arrays hold the filters' taps up
+    to the order so far, and these products behind it: both are raised to the next order by the same
+    sum. No sum runs over the taps, so a row's result does not depend, to the last
+    bit, on how many rows are solved together.
     """
-    r, (rows, lags) = correlation.T, correlation.shape
-    forward = backward = jnp.ones((1, rows), jnp.float32)
-    error = r[0]
-    for low in range(0, lags - 1, STAGE_TAPS):
-        high = min(low + STAGE_TAPS, lags - 1)
-        grow = ((0, high + 1 - forward.shape[0]), (0, 0))
-        forward, backward = jnp.pad(forward, grow), jnp.pad(backward, grow)
-        reversed_r = jnp.concatenate([r[high:0:-1], jnp.zeros((high + 1, rows))])
+    lags, index = correlation.shape[1], np.arange(correlation.shape[1])
+    products = correlation / correlation[:, :1]  # column 0: of order 0, the only tap, which is 1
+    error = jnp.ones_like(products[:, :1])
 
-        def raise_order(order, state, reversed_r=reversed_r, high=high):
-            forward, backward, error = state
-            ahead = lax.dynamic_slice_in_dim(reversed_r, high - order - 1, high + 1, 0)
-            reflection = -(forward * ahead).sum(0) / error
-            shifted = jnp.pad(backward[:-1], ((1, 0), (0, 0)))
-            return (
-                forward + reflection * shifted,
-                shifted + reflection * forward,
-                error * (1 - jnp.square(reflection)),
-            )
+    def raise_order(order, state):
+        forward, backward, error = state
+        reflection = -lax.dynamic_slice_in_dim(forward, order, 1, 1) / error
+        forward = jnp.where(index == order, 0.0, forward)  # from here on the new order's tap
+        shifted = jnp.pad(backward[:, :-1], ((0, 0), (1, 0)))
+        return (
+            forward + reflection * shifted,
+            shifted + reflection * forward,
+            error * (1 - jnp.square(reflection)),
+        )
 
-        forward, backward, error = lax.fori_loop(low, high, raise_order, (forward, backward, error))
-    return -forward[1:].T
+    forward, _, _ = lax.fori_loop(1, lags, raise_order, (products, products, error))
+    return -forward[:, 1:]
 
 
 def _taper(samples: int) -> Float32[np.ndarray, " T"]:

@@ -272,13 +272,11 @@ class Incremental:
         fitted = lax.cond(starts, fit, lambda: state.fitted)
         longest = max(predictors.taps)
         waveform = waveform_of(recent[:, self._newest - longest :], self._quantiser)
-        predictions = [
-            (waveform[:, longest - taps :] * weights[:, ::-1]).sum(1)
-            for taps, weights in zip(predictors.taps, fitted, strict=True)
-        ]
+        newest = predictors.apply(
+            fitted, [waveform[:, longest - taps :] for taps in predictors.taps]
+        )
         place = (0, predictors.memory_samples + i, 0)
-        newest = jnp.stack(predictions, -1)[:, None]
-        return fitted, lax.dynamic_update_slice(state.predicted, newest, place)
+        return fitted, lax.dynamic_update_slice(state.predicted, newest[:, None], place)
 
     def _describe(self, recent: Array, predicted: Array, i: Array, past: Array) -> Any:
         """What the head is told of target `past`, where there are adaptive predictors."""

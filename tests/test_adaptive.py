@@ -29,7 +29,7 @@ def by_hand(waveform: np.ndarray, first: int) -> np.ndarray:
                 start = first + (t - first) // 20 * 20
                 newest = row[start - window : start] * adaptive._taper(window)
                 r = np.correlate(newest, newest, "full")[window - 1 :][: taps + 1]
-                r[0] = r[0] * (1 + adaptive.RIDGE * taps) + adaptive.FLOOR
+                r[0] = r[0] * (1 + adaptive.RIDGE * taps) + adaptive.FLOOR * window
                 out.append(solve_toeplitz(r[:-1], r[1:]) @ row[t - taps : t][::-1])
     return np.moveaxis(np.reshape(out, (2, 2, -1)), 0, -1)
 
@@ -40,6 +40,14 @@ def test_predictions_equal_normal_equations_solved_by_hand(waveform, monkeypatch
     np.testing.assert_allclose(got, by_hand(waveform[:, :-7], FIRST), atol=3e-5)
     errors = np.square(got - waveform[:, FIRST:-7, None]).mean((0, 1))
     assert (errors < 0.2 * np.square(waveform).mean()).all()  # or nothing was predicted
+
+
+def test_a_fit_is_the_same_whatever_is_fitted_beside_it(waveform):
+    rows = np.stack([waveform[0, i : i + 400] for i in range(0, 600, 20)])
+    fit = jax.jit(adaptive._fit, static_argnums=1)
+    together = np.asarray(fit(rows, 100))
+    for few in (1, 4):
+        np.testing.assert_array_equal(together[:few], fit(rows[:few], 100))
 
 
 def test_silence_predicts_silence():
