@@ -1,58 +1,56 @@
 """What each part of our model is worth: `python -m benchmarks.ablations --out=DIR`.
 
-Trains the small recipe, and the same with one part taken away, on the same batches for the same
-number of targets, and compares what `train` measures on the same 500,000 targets of the validation
-split. Prints JSON and a Markdown table. The last column is the loss of the last validation before
-the time at which the fastest variant was done. Runs that are already in `--out` are not trained
-again; one that was stopped goes on.
+Trains the small recipe, and the same with one thing changed, and compares what `train` measures at
+the end on the same 500,000 targets of the validation split: after the same number of targets, on
+the same batches, and after the same time (the changed variant gets as many steps as fit into the
+time that the recipe's own took). Prints JSON and a Markdown table. Runs that are already in `--out`
+are not trained again; one that was stopped goes on.
 """
 
 import argparse
-import dataclasses
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from patchwave_jax import recipes, train
-from patchwave_jax.config import Config, DataConfig
-from patchwave_jax.errors import exits_cleanly
+from patchwave_jax.config import Config, DataConfig, from_config_dict, to_config_dict
+from patchwave_jax.errors import UserError, exits_cleanly
 
-NO_ADAPTIVE: dict[str, Any] = {"adaptive_taps": (), "adaptive_windows": ()}
-ONE_PREDICTOR: dict[str, Any] = {"adaptive_taps": (256,), "adaptive_windows": (6_144,)}
+NO_ADAPTIVE: dict[str, Any] = {"model.adaptive_taps": (), "model.adaptive_windows": ()}
+SOFTMAX: dict[str, Any] = {**NO_ADAPTIVE, "model.head": "softmax"}
+BFLOAT16: dict[str, Any] = {"model.compute_dtype": "bfloat16"}
+RECIPE = "all parts"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "all parts": {},
-    "one adaptive predictor, 256 taps": ONE_PREDICTOR,
+    RECIPE: {},
+    "one adaptive predictor, 256 taps": {
+        "model.adaptive_taps": (256,),
+        "model.adaptive_windows": (6_144,),
+    },
     "no adaptive predictors": NO_ADAPTIVE,
-    "no adaptive predictors, softmax": {**NO_ADAPTIVE, "head": "softmax"},
-    "no skip connections": {"skip_connections": False},
-    "waveform, no embedding": {"input": "waveform"},
-    "no Transformer": {"num_layers": 0},
+    "no adaptive predictors, softmax": SOFTMAX,
+    "no skip connections": {"model.skip_connections": False},
+    "waveform, no embedding": {"model.input": "waveform"},
+    "no Transformer": {"model.num_layers": 0},
+    "bfloat16": BFLOAT16,
+    "no adaptive predictors, softmax, bfloat16": {**SOFTMAX, **BFLOAT16},
 }
 
 
-def make_config(variant: dict[str, Any], args: argparse.Namespace, seed: int) -> Config:
+def make_config(name: str, args: argparse.Namespace, seed: int, steps: int) -> Config:
     data = DataConfig(dataset=args.dataset, data_dir=args.data_dir or "")
-    config = recipes.small(data, num_steps=args.steps, evals=3)
-    return dataclasses.replace(
-        config,
-        seed=seed,
-        model=dataclasses.replace(config.model, **variant),
-        run=dataclasses.replace(config.run, sample_every_steps=0),
-    )
+    tree = to_config_dict(recipes.small(data, num_steps=steps, evals=1))
+    changes = {**VARIANTS[name], "seed": seed, "run.sample_every_steps": 0}
+    tree.update_from_flattened_dict(changes)
+    return from_config_dict(tree)
 
 
-def run(config: Config, workdir: Path) -> list[dict[str, Any]]:
-    """Trains, and gives the validations on the way."""
+def run(config: Config, workdir: Path) -> tuple[dict[str, Any], float]:
+    """Trains; gives the last validation, and the minutes that the steps took."""
     train.train(config, workdir)
-    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if row["kind"] == "validation"]
-
-
-def at_minutes(rows: list[dict[str, Any]], minutes: float) -> float:
-    """Bits of the last validation before so many minutes."""
-    return [row["nll_bits"] for row in rows if row["minutes"] <= minutes + 1e-6][-1]
+    rows = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
+    seconds = statistics.median(r["seconds_per_step"] for r in rows if r["kind"] == "train")
+    return rows[-1], seconds * config.train.num_steps / 60
 
 
 @exits_cleanly
@@ -66,41 +64,45 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="names of variants")
     args = parser.parse_args(argv)
+    if unknown := set(args.only) - set(VARIANTS):
+        raise UserError(f"--only: {unknown.pop()!r} is none of {', '.join(VARIANTS)}")
 
-    found: dict[str, list[list[dict[str, Any]]]] = {}
-    for name in args.only:
-        for seed in range(args.seeds):
-            workdir = args.out / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
-            runs = found.setdefault(name, [])
-            runs.append(run(make_config(VARIANTS[name], args, seed), workdir))
-    soonest = min(rows[-1]["minutes"] for runs in found.values() for rows in runs)
-    table = []
-    for name, runs in found.items():
-        first = runs[0][-1]
+    table, time_of_recipe = [], None
+    for name in [RECIPE, *(name for name in args.only if name != RECIPE)]:
+        folder = args.out / name.replace(", ", "-").replace(" ", "_")
+        runs = [
+            run(make_config(name, args, seed, args.steps), folder / f"seed{seed}")
+            for seed in range(args.seeds)
+        ]
+        minutes = statistics.median(minutes for _, minutes in runs)
+        time_of_recipe = time_of_recipe or minutes
+        steps, equal = round(args.steps * time_of_recipe / minutes), runs[0]
+        if abs(steps - args.steps) > 0.05 * args.steps:
+            equal = run(make_config(name, args, 0, steps), folder / f"{steps}steps")
+        last = runs[0][0]
         table.append(
             {
                 "variant": name,
-                "bits": [round(rows[-1]["nll_bits"], 4) for rows in runs],
-                "bits_low": first["bits_low"],
-                "bits_high": first["bits_high"],
-                "minutes": [round(rows[-1]["minutes"], 2) for rows in runs],
-                "bits_at_equal_time": [round(at_minutes(rows, soonest), 4) for rows in runs],
-                "targets_trained": args.steps * 32_000,
-                "quantiser": first["quantiser"],
-                "context_max": first["context_max"],
+                "bits": [round(row["nll_bits"], 4) for row, _ in runs],
+                "bits_low": last["bits_low"],
+                "bits_high": last["bits_high"],
+                "minutes": round(minutes, 2),
+                "bits_at_equal_time": round(equal[0]["nll_bits"], 4),
+                "steps_at_equal_time": steps,
+                "quantiser": last["quantiser"],
+                "context_max": last["context_max"],
             }
         )
     print(json.dumps(table, indent=1))
-    print(
-        f"\n| variant | bits per sample | 95% interval | minutes | bits after {soonest:.1f} min |"
-    )
-    print("|---|--:|--:|--:|--:|")
+    targets = args.steps * 32_000
+    print(f"\n| variant | bits after {targets:,} targets | 95% interval | minutes ", end="")
+    print(f"| bits after {time_of_recipe:.1f} min |\n|---|--:|--:|--:|--:|")
     for row in table:
-        bits, same = np.mean(row["bits"]), np.mean(row["bits_at_equal_time"])
         low, high = row["bits_low"], row["bits_high"]
         interval = "" if low is None else f"{low:.3f} to {high:.3f}"
-        minutes = np.mean(row["minutes"])
-        print(f"| {row['variant']} | {bits:.3f} | {interval} | {minutes:.1f} | {same:.3f} |")
+        bits = ", ".join(f"{x:.3f}" for x in row["bits"])
+        equal = f"{row['bits_at_equal_time']:.3f}"
+        print(f"| {row['variant']} | {bits} | {interval} | {row['minutes']:.1f} | {equal} |")
 
 
 if __name__ == "__main__":
