@@ -1,4 +1,4 @@
-"""A training of seconds for several processes. It must not import conftest, which has devices."""
+"""A training of seconds, for several processes: imports nothing that starts JAX."""
 
 from patchwave_jax.config import (
     Config,
@@ -14,7 +14,7 @@ from patchwave_jax.recipes import NO_DROPOUT
 def get_config(arg: str = ""):
     del arg
     model = ModelConfig(
-        patch_samples=60,
+        patch_samples=64,
         kernel_size=5,
         filters=(8, 8),
         strides=(2, 3),
@@ -32,7 +32,7 @@ def get_config(arg: str = ""):
     return to_config_dict(
         Config(
             objective="dense",
-            context_samples=240,
+            context_samples=512,
             model=model,
             data=DataConfig(dataset="audio_folder", distinct_positions=1_000),
             train=TrainConfig(batch_size=16, micro_batch_size=1, num_steps=8, learning_rate=1e-3),
