@@ -29,6 +29,7 @@ from patchwave_jax import (
     records,
     reference,
     sliding,
+    trace,
     yardsticks,
 )
 from patchwave_jax.checkpoint import Checkpoints
@@ -50,13 +51,16 @@ from patchwave_jax.step import (
     make_schedule,
     make_step,
 )
+from patchwave_jax.trace import Trace
 from patchwave_jax.watch import Watch
 
 PAPER_PARAMETERS = "3.14M"
 _CONFIGS = "configs/demo.py, laptop.py, ctx128k.py, ctx512k.py, ctx1m.py (or ctx128k.py:dense ...)"
 
 
-def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
+def train(
+    config: Config, workdir: str | os.PathLike[str], profile_steps: trace.Steps | None = None
+) -> bool:
     """Trains `config` in `workdir`, going on from its newest checkpoint if there is one.
 
     Returns:
@@ -104,12 +108,15 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
             write_config(config, workdir)
         data = batches(make_windows(config, train_split, own), done)
 
-        with Log(workdir, done, num_steps) as log:
+        with (
+            Log(workdir, done, num_steps) as log,
+            Trace(profile_steps, Path(workdir), done, num_steps) as traced,
+        ):
             watch = Watch(windows, Path(workdir), log.say)
             clock, timed, evaluating, saving, stop = time.monotonic(), done, False, False, False
             while done < num_steps and not exhausted(config, flat):
                 batch = next(data)
-                state, metrics = step.update(state, batch["codes"])
+                state, metrics = traced.run(done + 1, step.update, state, batch["codes"])
                 done += 1
                 watch.add(done, metrics, int(batch["redrawn"].sum()))
                 log.advance()
@@ -303,8 +310,8 @@ def closing_words(
     return "\n".join(lines)
 
 
-def parse(argv: list[str]) -> tuple[Config, str]:
-    """The configuration and the working directory that a command line asks for."""
+def parse(argv: list[str]) -> tuple[Config, str, trace.Steps | None]:
+    """The configuration, the working directory and the traced steps a command line asks for."""
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file(
         "config",
@@ -316,6 +323,12 @@ def parse(argv: list[str]) -> tuple[Config, str]:
     )
     workdir = flags.DEFINE_string(
         "workdir", None, "Where the run lives; default: runs/CONFIG.", flag_values=values
+    )
+    profile_steps = flags.DEFINE_string(
+        "profile_steps",
+        None,
+        "FIRST:LAST, such as 10:13: steps to trace into WORKDIR/profile, for TensorBoard or XProf.",
+        flag_values=values,
     )
     wants_help = flags.DEFINE_bool("help", False, "Show this.", flag_values=values)
     try:
@@ -340,7 +353,8 @@ def parse(argv: list[str]) -> tuple[Config, str]:
     if tree is None:
         raise UserError(f"--config is missing; those that come along: {_CONFIGS}")
     name = Path(values["config"].config_filename).stem  # pyright: ignore
-    return from_config_dict(tree), workdir.value or f"runs/{name}"
+    steps = trace.parse(profile_steps.value) if profile_steps.value is not None else None
+    return from_config_dict(tree), workdir.value or f"runs/{name}", steps
 
 
 @exits_cleanly

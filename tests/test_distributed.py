@@ -107,7 +107,8 @@ def test_two_processes_go_one_way_and_one_goes_on(data, tmp_path):
     config.data.data_dir, config.train.num_steps = data, metrics(workdir)[-1]["step"] + 1
     config = from_config_dict(config)
     disturbed = {(r["step"], r["kind"]): r["nll_nats"] for r in metrics(workdir)}
-    train(config, tmp_path / "straight")
+    train(config, tmp_path / "straight", profile_steps=(2, 3))
+    assert list((tmp_path / "straight/profile").rglob("*.xplane.pb"))
     train(config, workdir)
     straight = {(r["step"], r["kind"]): r["nll_nats"] for r in metrics(tmp_path / "straight")}
     resumed = {(r["step"], r["kind"]): r["nll_nats"] for r in metrics(workdir)}
