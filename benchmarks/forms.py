@@ -71,7 +71,7 @@ def gradient(config: Config) -> Any:
         model = nnx.merge(graphdef, params)
         if config.objective == "last":
             return -model.next_sample_log_prob(codes).mean()
-        return model.dense_nats(codes, phase_chunk=phase_chunk, chunk_patches=chunk_patches)
+        return model.dense_nats(codes, phase_chunk=phase_chunk, chunk_patches=chunk_patches)[0]
 
     return functools.partial(jax.jit(jax.grad(loss)), params)
 

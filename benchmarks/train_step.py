@@ -156,20 +156,20 @@ def parts(config: Config, runs: int) -> dict[str, Any]:
         model = nnx.merge(graphdef, params)
         folded = model.folded()
 
-        def states(tokens: jax.Array, _: Any) -> jax.Array:
+        def states(tokens: jax.Array, *_: Any) -> jax.Array:
             sequences = jnp.swapaxes(tokens, 1, 2).reshape(-1, patches, width)
             return model.transform(sequences, None, folded).mean()
 
-        return mean_over_chunks(states, tokens, axis=2, size=chunk)
+        return mean_over_chunks(states, tokens, axis=2, size=chunk)[0]
 
     def head(params: Any, tokens: Any) -> jax.Array:
         model = nnx.merge(graphdef, params)
 
-        def log_prob(piece: Any, _: Any) -> jax.Array:
+        def log_prob(piece: Any, *_: Any) -> jax.Array:
             hidden = model.hidden(piece[0], None, None)
             return model.head.log_prob(hidden, None, piece[1]).mean()
 
-        return mean_over_chunks(log_prob, (tokens, targets), axis=2, size=chunk)
+        return mean_over_chunks(log_prob, (tokens, targets), axis=2, size=chunk)[0]
 
     found = {}
     for name, gradient, args, targets_of in (

@@ -24,13 +24,20 @@ def map_over_chunks(function: Callable[[Any], Array], tree: Any, *, axis: int, s
 
 
 def mean_over_chunks(
-    function: Callable[[Any, Array], Float32[Array, ""]], tree: Any, *, axis: int, size: int
-) -> Float32[Array, ""]:
-    """The mean of `function(chunk, index)` over chunks of `size` along an axis of `tree`.
+    function: Callable[[Any, Any, Array], Float32[Array, "*shape"]],
+    tree: Any,
+    fixed: Any = (),
+    *,
+    axis: int,
+    size: int,
+) -> tuple[Float32[Array, ""], Float32[Array, "*shape"]]:
+    """The mean of `function(chunk, fixed_chunk, index)` over chunks of `size` along an axis.
 
-    The gradient is computed along with the value, chunk by chunk, as far as `tree` and what
-    `function` closes over: whatever the number of chunks, the intermediate results of only one
-    are in memory (and in the caches of a CPU), and none is computed twice.
+    The chunks are of `tree` and of `fixed`, which needs no gradient. The gradient of the first
+    result, the mean over everything, is computed along with it, chunk by chunk, as far as `tree`
+    and what `function` closes over: whatever the number of chunks, the intermediate results of only
+    one are in memory (and in the caches of a CPU), and none is computed twice. The second result is
+    the mean over chunks alone, without a gradient.
 
     Raises:
       ValueError: if `size` does not divide the axis.
@@ -39,44 +46,54 @@ def mean_over_chunks(
     leaves, structure = jax.tree.flatten(tree)
     inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
 
-    def joined(floats: list[Array], others: list[Array], index: Array) -> Array:
-        streams = {True: iter(floats), False: iter(others)}
-        return function(jax.tree.unflatten(structure, [next(streams[i]) for i in inexact]), index)
+    def joined(floats: list[Array], others: Any, index: Array) -> Array:
+        integers, fixed = others
+        streams = {True: iter(floats), False: iter(integers)}
+        chunk = jax.tree.unflatten(structure, [next(streams[i]) for i in inexact])
+        return function(chunk, fixed, index)
 
     floats = [x for x, i in zip(leaves, inexact, strict=True) if i]
-    others = [x for x, i in zip(leaves, inexact, strict=True) if not i]
+    others = [x for x, i in zip(leaves, inexact, strict=True) if not i], fixed
     first = _take((floats, others), axis, size, 0)
     pure, closed_over = jax.closure_convert(joined, *first, jnp.int32(0))
+    shape = jax.eval_shape(pure, *first, jnp.int32(0), *closed_over)
 
     @jax.custom_vjp
-    def mean(floats: list[Array], closed_over: list[Array], others: list[Array]) -> Array:
+    def mean(floats: list[Array], closed_over: list[Array], others: Any) -> tuple[Array, Array]:
         def add(total: Array, i: Array) -> tuple[Array, None]:
             return total + pure(*_take((floats, others), axis, size, i), i, *closed_over), None
 
-        return lax.scan(add, jnp.float32(0), jnp.arange(count))[0] / count
+        values = lax.scan(add, jnp.zeros_like(shape), jnp.arange(count))[0] / count
+        return values.mean(), values
 
-    def forward(floats: list[Array], closed_over: list[Array], others: list[Array]):
+    def forward(floats: list[Array], closed_over: list[Array], others: Any):
         def add(carry: Any, i: Array) -> tuple[Any, None]:
             total, of_floats, of_closed = carry
-            piece, fixed = _take((floats, others), axis, size, i)
-            value, (d_piece, d_closed) = jax.value_and_grad(
-                lambda piece, closed: pure(piece, fixed, i, *closed), (0, 1)
-            )(piece, closed_over)
+            piece, rest = _take((floats, others), axis, size, i)
+
+            def of_chunk(piece: list[Array], closed: list[Array]) -> tuple[Array, Array]:
+                values = pure(piece, rest, i, *closed)
+                return values.mean(), values
+
+            (d_piece, d_closed), values = jax.grad(of_chunk, (0, 1), has_aux=True)(
+                piece, closed_over
+            )
             of_floats = [
                 lax.dynamic_update_slice_in_dim(whole, d, i * size, axis)
                 for whole, d in zip(of_floats, d_piece, strict=True)
             ]
-            return (total + value, of_floats, jax.tree.map(jnp.add, of_closed, d_closed)), None
+            return (total + values, of_floats, jax.tree.map(jnp.add, of_closed, d_closed)), None
 
         sums = [jnp.zeros(x.shape, jnp.float32) for x in closed_over]
-        carry = (jnp.float32(0), jax.tree.map(jnp.zeros_like, floats), sums)
+        carry = (jnp.zeros_like(shape), jax.tree.map(jnp.zeros_like, floats), sums)
         total, of_floats, of_closed = lax.scan(add, carry, jnp.arange(count))[0]
         of_closed = [d.astype(x.dtype) for d, x in zip(of_closed, closed_over, strict=True)]
-        return total / count, (of_floats, of_closed)
+        values = total / count
+        return (values.mean(), values), (of_floats, of_closed)
 
-    def backward(gradients: tuple[list[Array], list[Array]], out: Array):
-        scaled = jax.tree.map(lambda x: x * (out / count).astype(x.dtype), gradients)
-        return *scaled, [None] * len(others)
+    def backward(gradients: tuple[list[Array], list[Array]], out: tuple[Array, Array]):
+        scaled = jax.tree.map(lambda x: x * (out[0] / count).astype(x.dtype), gradients)
+        return *scaled, jax.tree.map(lambda _: None, others)
 
     mean.defvjp(forward, backward)
     return mean(floats, closed_over, others)

@@ -302,21 +302,29 @@ class PatchWave(nnx.Module):
         chunk_patches: int = 0,
         key: Key = None,
         shards: Shards | None = None,
-    ) -> Float32[Array, ""]:
-        """The loss: mean NLL, in nats, of a segment's samples P, P + hop, ...
+    ) -> tuple[Float32[Array, ""], Float32[Array, " B"]]:
+        """The loss: mean NLL, in nats, of a segment's samples P, P + hop, ..., and each row's.
 
-        As `dense_log_prob`, but made to be differentiated: nothing of the Transformer and the
-        head is kept for the backward pass, nor computed twice.
+        As `dense_log_prob`, but made to be differentiated, in its first result: nothing of the
+        Transformer and the head is kept for the backward pass, nor computed twice.
         """
         keys = split(key, 2)
         pieces, predict = self._predictor(segment, hop, None, chunk_patches, keys[0], shards)
+        tokens, (skip, prediction, codes) = pieces
+        features = None  # of the codes alone, so that no gradient is asked for
+        if prediction is not None:
+            features, prediction = prediction.features, prediction._replace(features=None)
 
-        def nats(piece: Any, index: Array) -> Array:
+        def nats(piece: Any, features: Array | None, index: Array) -> Array:
+            tokens, (skip, prediction, codes) = piece
+            if prediction is not None:
+                prediction = prediction._replace(features=features)
             chunk_key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
-            return -predict(piece, self.head.log_prob, chunk_key).mean()
+            piece = tokens, (skip, prediction, codes)
+            return -predict(piece, self.head.log_prob, chunk_key).mean((1, 2))
 
-        chunk = phase_chunk or pieces[0].shape[2]
-        return mean_over_chunks(nats, pieces, axis=2, size=chunk)
+        pieces, chunk = (tokens, (skip, prediction, codes)), phase_chunk or tokens.shape[2]
+        return mean_over_chunks(nats, pieces, features, axis=2, size=chunk)
 
     def _dense(
         self,

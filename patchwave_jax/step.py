@@ -134,9 +134,9 @@ class Step:
     """What a run compiles. `update` donates the state it is given; of a batch it takes the rows
     that are this process' own.
 
-    Its metrics are `nll_nats`, `gradient_norm`, and as `micro_batch_nats` the NLL of each
-    micro-batch: row i of the batch is in micro-batch i % count. It calls `accumulate` for each
-    micro-batch and then `apply`; the planner lowers those two for machines that aren't there.
+    Its metrics are `nll_nats`, `gradient_norm`, and as `row_nats` the NLL of each micro-batch's
+    rows: row i of the batch is row i // count of micro-batch i % count. It calls `accumulate` for
+    each micro-batch and then `apply`; the planner lowers those two for machines that aren't there.
     """
 
     config: Config
@@ -174,10 +174,13 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         params = nnx.state(make_model(config, nnx.Rngs(config.seed)))
         return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
 
-    def loss(params: Any, codes: UInt8[Array, "b T"], key: Array) -> Float32[Array, ""]:
+    def loss(
+        params: Any, codes: UInt8[Array, "b T"], key: Array
+    ) -> tuple[Float32[Array, ""], Float32[Array, " b"]]:
         model = nnx.merge(graphdef, params)
         if config.objective == "last":
-            return -model.next_sample_log_prob(codes, key).mean()
+            nats = -model.next_sample_log_prob(codes, key)
+            return nats.mean(), nats
         return model.dense_nats(
             codes,
             hop=train.hop,
@@ -189,9 +192,13 @@ def make_step(config: Config, mesh: Mesh) -> Step:
 
     def own_gradient(params: Any, codes: UInt8[Array, "b T"], key: Array) -> Any:
         key = jax.random.fold_in(key, lax.axis_index(mesh.axis_names))
-        return lax.pmean(jax.value_and_grad(loss)(params, codes, key), mesh.axis_names)
+        (nats, own), gradient = jax.value_and_grad(loss, has_aux=True)(params, codes, key)
+        # Of all rows, so that one reduction is enough: others' are 0 here.
+        first = lax.axis_index("data") * rows_each
+        all_rows = lax.dynamic_update_slice(jnp.zeros(rows), shares * own, (first,))
+        return lax.pmean(((nats, all_rows), gradient), mesh.axis_names)
 
-    gradient: Any = jax.value_and_grad(loss)
+    gradient: Any = jax.value_and_grad(loss, has_aux=True)
     if shards:
         everything, rows_of = PartitionSpec(), PartitionSpec("data")
         gradient = jax.shard_map(
@@ -204,8 +211,8 @@ def make_step(config: Config, mesh: Mesh) -> Step:
 
     def accumulate(total: Any, params: Any, codes: Any, step: Array, index: int) -> Any:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        piece = gradient(params, codes, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, piece), piece[0]
+        (nats, row_nats), piece = gradient(params, codes, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, (nats, piece)), row_nats
 
     def apply(state: State, total: Any) -> tuple[State, dict[str, Array]]:
         nats, gradient = jax.tree.map(lambda x: x / count, total)
@@ -250,10 +257,10 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         total, parts = zeros(), []
         for index in range(count):
             micro = place_rows(mesh, codes.reshape(-1, count, codes.shape[1])[:, index], rows)
-            total, nats = accumulate(total, state["params"], micro, state["step"], index)
-            parts.append(nats)
+            total, row_nats = accumulate(total, state["params"], micro, state["step"], index)
+            parts.append(row_nats)
         state, metrics = apply(state, total)
-        return state, {**metrics, "micro_batch_nats": parts}
+        return state, {**metrics, "row_nats": parts}
 
     return Step(
         config=config,

@@ -48,13 +48,13 @@ class Watch:
         skipped, nats, norm = 0, math.nan, math.nan
         for step, metrics in zip(steps, measured, strict=True):
             nats, norm = float(metrics["nll_nats"]), float(metrics["gradient_norm"])
-            parts = np.array(metrics["micro_batch_nats"])
+            row_nats = np.stack(metrics["row_nats"], 1).reshape(-1)  # in the batch's order
             if math.isfinite(nats) and math.isfinite(norm):
                 self.in_a_row = 0
-                self._look_for_spike(step, nats, parts)
+                self._look_for_spike(step, nats, row_nats)
             else:
                 self.in_a_row, skipped = self.in_a_row + 1, skipped + 1
-                self._keep(step, nats, norm, parts)
+                self._keep(step, nats, norm, row_nats)
         return {
             "nll_nats": nats,
             "gradient_norm": norm,
@@ -82,13 +82,12 @@ class Watch:
         ]
         return ", ".join(places) + (f" and {rows.size - 5} more" if rows.size > 5 else "")
 
-    def _keep(self, step: int, nats: float, norm: float, parts: Float[np.ndarray, " m"]) -> None:
+    def _keep(self, step: int, nats: float, norm: float, row_nats: Float[np.ndarray, " B"]) -> None:
         if not is_first():
             return
         batch = self._windows[step - 1]  # the same again: it depends on nothing else
-        bad = ~np.isfinite(parts)
-        bad = bad if bad.any() else np.ones_like(bad)  # only the gradient: any of them
-        bad = np.flatnonzero(bad[np.arange(len(batch["codes"])) % parts.size])
+        finite = np.isfinite(row_nats)
+        bad = np.arange(finite.size) if finite.all() else np.flatnonzero(~finite)
         self._directory.mkdir(exist_ok=True)
         path = self._directory / f"step-{step}.npz"
         if full := len(list(self._directory.iterdir())) >= MOST_KEPT:
@@ -101,13 +100,13 @@ class Watch:
             f"{self._places(batch, bad)}; {'enough are' if full else 'kept'} in {path}"
         )
 
-    def _look_for_spike(self, step: int, nats: float, parts: Float[np.ndarray, " m"]) -> None:
+    def _look_for_spike(self, step: int, nats: float, row_nats: Float[np.ndarray, " B"]) -> None:
         if len(self._history) == SPIKE_HISTORY:
             median = statistics.median(self._history)
             spread = 1.4826 * statistics.median(abs(x - median) for x in self._history)
             if nats > median + max(SPIKE_NATS, SPIKE_DEVIATIONS * spread):
                 batch = self._windows[step - 1]
-                most = np.arange(parts.argmax(), len(batch["codes"]), parts.size)
+                most = row_nats.argmax(keepdims=True)
                 self._say(
                     f"step {step}: the loss spiked to {nats / math.log(2):.3f} bits, from a median "
                     f"of {median / math.log(2):.3f} over {SPIKE_HISTORY} steps; most of it from "

@@ -61,7 +61,7 @@ def test_every_configuration_traces_a_whole_train_step(name, arg, parameters):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), step.abstract_state
     )
-    assert set(metrics) == {"nll_nats", "gradient_norm", "micro_batch_nats"}
+    assert set(metrics) == {"nll_nats", "gradient_norm", "row_nats"}
     if parameters:
         assert count_parameters(state["params"]) == parameters
     assert count_parameters(state["params"]) < 3_200_000
