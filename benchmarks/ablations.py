@@ -42,7 +42,7 @@ def make_config(name: str, args: argparse.Namespace, seed: int, steps: int) -> C
     tree = to_config_dict(recipes.small(data, num_steps=steps, evals=1))
     changes = {**VARIANTS[name], "seed": seed, "run.sample_every_steps": 0}
     tree.update_from_flattened_dict(changes)
-    return from_config_dict(tree)
+    return from_config_dict(tree.to_dict())
 
 
 def run(config: Config, workdir: Path) -> tuple[dict[str, Any], float]:

@@ -106,7 +106,7 @@ class Watch:
             spread = 1.4826 * statistics.median(abs(x - median) for x in self._history)
             if nats > median + max(SPIKE_NATS, SPIKE_DEVIATIONS * spread):
                 batch = self._windows[step - 1]
-                most = row_nats.argmax(keepdims=True)
+                most = np.array([row_nats.argmax()])
                 self._say(
                     f"step {step}: the loss spiked to {nats / math.log(2):.3f} bits, from a median "
                     f"of {median / math.log(2):.3f} over {SPIKE_HISTORY} steps; most of it from "
