@@ -22,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 
 import patchwave_jax
 from patchwave_jax.config import Config
+from patchwave_jax.data.remote import require_folder
 from patchwave_jax.distributed import all_agree, is_first, wait_for_all
 from patchwave_jax.errors import UserError
 from patchwave_jax.records import DamagedError, Record, described, layout, parse, record_hash
@@ -35,6 +36,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int | None = None):
         """Opens `workdir` for training, keeping `keep` newest steps; None: only to read."""
+        require_folder(workdir)
         self.directory = Path(workdir).resolve() / "checkpoints"
         if keep is None and not self.directory.is_dir():
             raise UserError(

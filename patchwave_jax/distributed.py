@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,6 @@ from jaxtyping import UInt8
 
 from patchwave_jax.errors import UserError, exits_cleanly
 
-HEARTBEAT_SECONDS = 30  # without a sign of life from a process, and all others end
 _COUNT, _ID, _ADDRESS = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS"
 
 
@@ -31,23 +31,27 @@ def run(main: Callable[[], None], *, agrees_to_stop: bool = False) -> None:
     """
     jax.config.update("jax_enable_preemption_service", agrees_to_stop)
     exits_cleanly(start)()
-    try:
+    if jax.process_count() == 1:
         main()
-        wait_for_all("end")
-    except BaseException as error:
-        if jax.process_count() == 1:
-            raise
-        code = error.code if isinstance(error, SystemExit) else 1
-        if code == 0:
-            raise
-        if not isinstance(error, (SystemExit, KeyboardInterrupt)):
-            traceback.print_exc()
-            print(
-                f"error: process {jax.process_index()} of {jax.process_count()} ends, and with it "
-                "the others; the same command goes on from the last checkpoint",
-                file=sys.stderr,
-            )
-        sys.stderr.flush()
+        return
+    code: Any = 0
+    try:
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        if not code:
+            wait_for_all("end")
+    except BaseException:
+        traceback.print_exc()
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} ends, and the others "
+            "will; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        code = 1
+    if code:
+        sys.stdout.flush()
         os._exit(code if isinstance(code, int) else 1)
 
 
@@ -60,7 +64,7 @@ def start() -> None:
     given = {name: os.environ[name] for name in (_COUNT, _ID) if name in os.environ}
     if given.get(_COUNT) == "1":
         return
-    numbers = {}
+    numbers: dict[str, Any] = {}
     if given:
         for name in (_ADDRESS, _COUNT, _ID):
             if not os.environ.get(name):
@@ -72,7 +76,7 @@ def start() -> None:
             raise UserError(f"{_ID} is {given[_ID]}, but {_COUNT} is only {given[_COUNT]}")
         numbers = {"num_processes": int(given[_COUNT]), "process_id": int(given[_ID])}
     try:
-        jax.distributed.initialize(**numbers, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(**numbers)
     except ValueError as error:
         if "coordinator_address should be defined" not in str(error):
             raise
@@ -96,7 +100,7 @@ def place_rows(mesh: Mesh, rows: UInt8[np.ndarray, "b T"], total: int) -> jax.Ar
     """A batch of `total` rows over the mesh, from this process' own `rows` of it."""
     own, sharding = own_rows(mesh, total), NamedSharding(mesh, PartitionSpec("data"))
 
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
+    def piece(index: Any) -> np.ndarray:
         wanted = range(total)[index[0]]
         first = own.index(wanted[0])
         return rows[first : first + len(wanted)]

@@ -316,7 +316,8 @@ def choose_chunks(
 
 def one_device(mesh: Mesh) -> Any:
     """One whose memory can be asked for: of this process, where it has any."""
-    return (mesh.local_devices or list(mesh.devices.flat))[0]
+    devices, own = list(mesh.devices.flat), jax.process_index()
+    return next((device for device in devices if device.process_index == own), devices[0])
 
 
 def _machine_bytes() -> int:

@@ -37,6 +37,7 @@ from patchwave_jax.config import Config, from_config_dict
 from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
+from patchwave_jax.data.remote import require_folder
 from patchwave_jax.data.windows import Windows, batches, clips
 from patchwave_jax.errors import UserError, exits_cleanly, names_file
 from patchwave_jax.lock import Lock
@@ -71,6 +72,7 @@ def train(
         the loss stays without a number, the disk is full or broken, or another process trains
         there; the last good checkpoint is kept.
     """
+    require_folder(workdir)
     data_dir = config.data.data_dir or default_data_dir()
     if distributed.is_first():  # others find it, or build one of their host's
         ensure_built(config.data.dataset, data_dir)
