@@ -94,7 +94,8 @@ class Step:
     """What a run compiles. `update` donates the state it is given.
 
     Its metrics are `nll_nats`, `gradient_norm`, and as `micro_batch_nats` the NLL of each
-    micro-batch: row i of the batch is in micro-batch i % count.
+    micro-batch: row i of the batch is in micro-batch i % count. It calls `accumulate` for each
+    micro-batch and then `apply`; the planner lowers those two for machines that aren't there.
     """
 
     config: Config
@@ -103,6 +104,10 @@ class Step:
     abstract_state: State  # shapes, dtypes and shardings
     init: Callable[[], State]
     update: Callable[[State, UInt8[np.ndarray, "B T"]], tuple[State, dict[str, Any]]]
+    accumulate: Any  # jitted
+    apply: Any  # jitted
+    micro_batch: tuple[int, int]  # rows over all devices, and how many of them are a batch
+    chunks: tuple[int, int]  # `choose_chunks`
 
 
 def make_step(config: Config, mesh: Mesh) -> Step:
@@ -121,7 +126,8 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     rows, count = rows_each * mesh.size, train.batch_size // (rows_each * mesh.size)
     graphdef, _ = graphdef_and_params(config)
     optimizer = make_optimizer(config)
-    phase_chunk, chunk_patches = choose_chunks(config, rows_each, mesh.devices.flat[0])
+    chunks = choose_chunks(config, rows_each, mesh.devices.flat[0])
+    phase_chunk, chunk_patches = chunks
 
     def init() -> State:
         params = nnx.state(make_model(config, nnx.Rngs(config.seed)))
@@ -195,6 +201,10 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         abstract_state=abstract_state,
         init=jax.jit(init, out_shardings=everywhere),
         update=update,
+        accumulate=accumulate,
+        apply=apply,
+        micro_batch=(rows, count),
+        chunks=chunks,
     )
 
 
@@ -207,7 +217,7 @@ def choose_chunks(config: Config, rows: int, device: Any) -> tuple[int, int]:
     more than its caches hold.
     """
     model, run = config.model, config.run
-    memory = (device.memory_stats() or {}).get("bytes_limit", _machine_bytes() / 2)
+    memory = usable_bytes(device) or _machine_bytes() / 2
     most = CPU_CHUNK_BYTES if device.platform == "cpu" else memory / 24
     patches, phases = config.patches, model.patch_samples // config.train.hop
     bytes_each = jnp.dtype(model.compute_dtype).itemsize
