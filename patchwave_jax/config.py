@@ -111,6 +111,7 @@ class RunConfig:
     sample_seconds: float = 2.0  # of each of the two clips
     phase_chunk: int = 0  # phases the Transformer runs at once; 0: chosen for the memory
     encode_chunk_patches: int = 0  # patches the dense encoder runs at once; 0: chosen
+    context_devices: int = 1  # that share each row of a batch ('dense' only); for long contexts
     debug_nans: bool = False  # stop at the operation that makes a NaN; slow
 
 

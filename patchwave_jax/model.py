@@ -29,6 +29,7 @@ from patchwave_jax import quantisers
 from patchwave_jax.adaptive import Prediction, Predictors, waveform_of
 from patchwave_jax.chunks import map_over_chunks, mean_over_chunks, recomputed
 from patchwave_jax.config import ModelConfig
+from patchwave_jax.context import Shards
 from patchwave_jax.encoder import Encoder
 from patchwave_jax.heads import LogisticMixture, Softmax
 from patchwave_jax.layers import Key, split
@@ -76,11 +77,10 @@ class PatchWave(nnx.Module):
         """The patch form: `shape` is [B, N]; skips and predictions are the newest patch's."""
         config, (batch, samples) = self.config, codes.shape
         patches = codes.reshape(batch, samples // config.patch_samples, config.patch_samples)
-        keys = None if key is None else jax.random.split(key, patches.shape[1])
+        # Over rows: a convolution's batch is then rows times patches, and a mesh can split it.
+        keys = None if key is None else jax.random.split(key, batch)
         encode = jax.vmap(
-            lambda patch, key: self.encoder(patch, 0, 1, key),
-            in_axes=(1, None if keys is None else 0),
-            out_axes=1,
+            lambda row, key: self.encoder(row, 0, 1, key), (0, None if keys is None else 0)
         )
         tokens, skip = encode(patches, keys)
         prediction = self._predict(jnp.pad(codes, ((0, 0), (0, 1))), samples - age)
@@ -107,20 +107,27 @@ class PatchWave(nnx.Module):
         return self.head.predict(codes[:, first - self.head.taps : -1], adaptive)
 
     def encode_segment(
-        self, codes: UInt8[Array, "B T"], hop: int = 1, chunk_patches: int = 0, key: Key = None
+        self,
+        codes: UInt8[Array, "B T"],
+        hop: int = 1,
+        chunk_patches: int = 0,
+        key: Key = None,
+        history: int = 0,
     ) -> Encoded:
         """The dense form: `codes` are (N + 1) P samples, `shape` is [B, N, P / hop].
 
         Entry [b, n, p] is of the patch that ends before sample `(n + 1) P + p hop`.
         `chunk_patches` > 0 (a divisor of N) encodes that many patches at a time and recomputes
-        them in the backward pass: less memory for long segments.
+        them in the backward pass: less memory for long segments. In front of the segment may be
+        `history` samples for the predictors, which otherwise see silence there.
         """
         size = self.config.patch_samples
+        prediction = self._predict(codes, history + size)
+        codes = codes[:, history:]
         patches = codes.shape[1] // size - 1
         chunk = chunk_patches or patches
         if patches % chunk:
             raise ValueError(f"chunk_patches {chunk} does not divide the {patches} patches")
-        prediction = self._predict(codes, size)
         prediction = jax.tree.map(
             lambda x: x[:, ::hop].reshape(x.shape[0], patches, size // hop, *x.shape[2:]),
             prediction,
@@ -137,6 +144,22 @@ class PatchWave(nnx.Module):
         )
         tokens, skip = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *pieces)
         return Encoded(tokens, skip, prediction)
+
+    def _encode_share(
+        self, shards: Shards, segment: Array, hop: int, chunk_patches: int, key: Key
+    ) -> Encoded:
+        """`encode_segment` of all patches at this device's phases."""
+        history = max(0, self.predictors.reach_samples - self.config.patch_samples)
+        stretch = shards.own_stretch(segment, self.config.patch_samples, history)
+        encoded, features = self.encode_segment(stretch, hop, chunk_patches, key, history), None
+        if (prediction := encoded.prediction) is not None:  # whose features need no gradient
+            features = prediction.features
+            encoded = encoded._replace(prediction=prediction._replace(features=None))
+        encoded, features = shards.exchange(encoded, features)
+        if encoded.prediction is not None:
+            prediction = encoded.prediction._replace(features=features)
+            encoded = encoded._replace(prediction=prediction)
+        return encoded
 
     def _encode_stretch(self, codes: Array, hop: int, key: Key) -> tuple[Array, Array | None]:
         size = self.config.patch_samples
@@ -248,13 +271,15 @@ class PatchWave(nnx.Module):
         newest: int | None = None,
         phase_chunk: int = 0,
         chunk_patches: int = 0,
+        shards: Shards | None = None,
     ) -> Float32[Array, "B n"]:
         """Log-probabilities, in nats, of a segment's samples P, P + hop, ...
 
         `newest` patches of targets are computed (None: all N), always the segment's last.
         `phase_chunk` > 0 (a divisor of P / hop) runs the Transformer and the head over that many
         phases at a time, `chunk_patches` > 0 (a divisor of N) the encoder over that many patches:
-        less memory for long segments, the same result.
+        less memory for long segments, the same result. With `shards`, a device has the targets
+        of its own phases only, and both chunks must divide its own share.
         """
         log_probs = self._dense(
             segment,
@@ -263,6 +288,7 @@ class PatchWave(nnx.Module):
             newest=newest,
             phase_chunk=phase_chunk,
             chunk_patches=chunk_patches,
+            shards=shards,
         )
         return log_probs.reshape(segment.shape[0], -1)
 
@@ -274,6 +300,7 @@ class PatchWave(nnx.Module):
         phase_chunk: int = 0,
         chunk_patches: int = 0,
         key: Key = None,
+        shards: Shards | None = None,
     ) -> Float32[Array, ""]:
         """The loss: mean NLL, in nats, of a segment's samples P, P + hop, ...
 
@@ -281,13 +308,13 @@ class PatchWave(nnx.Module):
         head is kept for the backward pass, nor computed twice.
         """
         keys = split(key, 2)
-        pieces, predict = self._predictor(segment, hop, None, chunk_patches, keys[0])
+        pieces, predict = self._predictor(segment, hop, None, chunk_patches, keys[0], shards)
 
         def nats(piece: Any, index: Array) -> Array:
             chunk_key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
             return -predict(piece, self.head.log_prob, chunk_key).mean()
 
-        chunk = phase_chunk or self.config.patch_samples // hop
+        chunk = phase_chunk or pieces[0].shape[2]
         return mean_over_chunks(nats, pieces, axis=2, size=chunk)
 
     def _dense(
@@ -299,25 +326,37 @@ class PatchWave(nnx.Module):
         newest: int | None = None,
         phase_chunk: int = 0,
         chunk_patches: int = 0,
+        shards: Shards | None = None,
     ) -> Array:
         """`head` of every target, [B, n, P / hop, ...], from chunks of phases."""
-        pieces, predict = self._predictor(segment, hop, newest, chunk_patches)
-        chunk = phase_chunk or self.config.patch_samples // hop
+        pieces, predict = self._predictor(segment, hop, newest, chunk_patches, None, shards)
+        chunk = phase_chunk or pieces[0].shape[2]
         return map_over_chunks(lambda piece: predict(piece, head), pieces, axis=2, size=chunk)
 
     def _predictor(
-        self, segment: Array, hop: int, newest: int | None, chunk_patches: int, key: Key = None
+        self,
+        segment: Array,
+        hop: int,
+        newest: int | None,
+        chunk_patches: int,
+        key: Key,
+        shards: Shards | None,
     ) -> tuple[Any, Callable[..., Array]]:
         """What the Transformer and the head read of a segment, and a function that runs them.
 
-        The arrays of the first are [B, N or n, P / hop, ...]. The function takes any of their
-        phases: they don't mix.
+        The arrays of the first are [B, N or n, P / hop, ...], with `shards` of this device's
+        phases. The function takes any of them: phases don't mix.
         """
         size, (batch, samples) = self.config.patch_samples, segment.shape
         patches = samples // size - 1
         newest = newest or patches
-        encoded, folded = self.encode_segment(segment, hop, chunk_patches, key), self.folded()
         targets = segment[:, size::hop].reshape(batch, patches, size // hop)
+        if shards is None:
+            encoded = self.encode_segment(segment, hop, chunk_patches, key)
+        else:
+            encoded = self._encode_share(shards, segment, hop, chunk_patches, key)
+            targets = shards.own_phases(targets)
+        folded = self.folded()
         counted = (encoded.skip, encoded.prediction, targets)
         pieces = (encoded.tokens, jax.tree.map(lambda x: x[:, -newest:], counted))
 

@@ -14,18 +14,21 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float32, Int64, UInt8
 
 from patchwave_jax import quantisers
 from patchwave_jax.checkpoint import Checkpoints, abstract
 from patchwave_jax.config import Config
+from patchwave_jax.context import AXIS
 from patchwave_jax.errors import UserError
 from patchwave_jax.step import (
     by_rows,
     choose_chunks,
+    context_shards,
     graphdef_and_params,
     make_mesh,
     replicated,
@@ -109,21 +112,37 @@ class Evaluator:
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
         graphdef, self.abstract_params = graphdef_and_params(config)
-        self.rows = mesh.size * max(1, BATCH_SAMPLES // config.context_samples)
-        plain = dataclasses.replace(config.train, hop=1)
-        phase_chunk, self._chunk_patches = choose_chunks(
-            dataclasses.replace(config, train=plain), self.rows // mesh.size, mesh.devices.flat[0]
-        )
+        each = max(1, BATCH_SAMPLES // config.context_samples)
+        self.rows = mesh.shape["data"] * each
+        plain = dataclasses.replace(config, train=dataclasses.replace(config.train, hop=1))
+        shards = context_shards(plain, mesh)
+        self._sharing = shards.count if shards else 1
+        phase_chunk, self._chunk_patches = choose_chunks(plain, each, mesh.devices.flat[0], shards)
 
-        def log_probs(params: Any, segments: jax.Array, newest: int) -> jax.Array:
+        def own_log_probs(params: Any, segments: jax.Array, newest: int) -> jax.Array:
             model = nnx.merge(graphdef, params)
             patches = segments.shape[1] // config.model.patch_samples - 1
             return model.dense_log_prob(
                 segments,
                 newest=newest,
                 phase_chunk=phase_chunk,
-                chunk_patches=min(patches, self._chunk_patches),
+                chunk_patches=min(patches // self._sharing, self._chunk_patches),
+                shards=shards,
             )
+
+        def log_probs(params: Any, segments: jax.Array, newest: int) -> jax.Array:
+            if shards is None:
+                return own_log_probs(params, segments, newest)
+            shared = jax.shard_map(
+                lambda params, segments: own_log_probs(params, segments, newest),
+                mesh=mesh,
+                in_specs=(PartitionSpec(), PartitionSpec("data")),
+                out_specs=PartitionSpec("data", AXIS),
+                check_vma=False,
+            )
+            out = shared(params, segments)  # device by device, and of each the patches in turn
+            out = out.reshape(self.rows, shards.count, newest, -1)
+            return jnp.swapaxes(out, 1, 2).reshape(self.rows, -1)
 
         self._log_probs = jax.jit(
             log_probs,
@@ -173,7 +192,7 @@ class Evaluator:
         """
         if window.patches == self.config.patches:
             return window.patches, window.newest
-        unit, most = 1, self._chunk_patches  # that are encoded at once
+        unit, most = self._sharing, self._sharing * self._chunk_patches  # that are encoded at once
         if window.patches > most:
             unit, most = most, self.config.patches
         patches = min(most, unit << (-(-window.patches // unit) - 1).bit_length())

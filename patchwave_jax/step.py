@@ -1,12 +1,13 @@
 """The training step: state, optimizer, loss, and the jitted update on a mesh.
 
-The mesh has one axis, `data`: a batch's rows are split over it and the parameters replicated.
+The mesh has the axis `data`, over which a batch's rows are split, and may have `context`, whose
+devices share each row (see `patchwave_jax.context`). The parameters are replicated.
 """
 
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
+from patchwave_jax.chips import usable_bytes
 from patchwave_jax.config import Config
+from patchwave_jax.context import AXIS, Shards
 from patchwave_jax.errors import UserError
 from patchwave_jax.model import PatchWave
 
@@ -27,9 +31,46 @@ CPU_CHUNK_BYTES = 100e6
 LN2 = math.log(2)
 
 
-def make_mesh() -> Mesh:
-    """All devices along `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(context_devices: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices (or `devices`), `context_devices` of them for each row.
+
+    Raises:
+      UserError: if that does not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if count % context_devices:
+        raise UserError(
+            f"config.run.context_devices {context_devices} does not divide the {count} devices"
+        )
+    sizes = (count // context_devices, context_devices)
+    return jax.make_mesh(sizes, ("data", AXIS), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def context_shards(config: Config, mesh: Mesh) -> Shards | None:
+    """How the devices along `context` share a row; None where one has it for itself.
+
+    Raises:
+      UserError: if they can't share it evenly.
+    """
+    count = mesh.shape.get(AXIS, 1)
+    if count == 1:
+        return None
+    phases = config.model.patch_samples // config.train.hop
+    if config.objective != "dense":
+        raise UserError(
+            f"config.run.context_devices is {count}, but config.objective is "
+            f"{config.objective!r}: only the windows of 'dense' are shared; set it to 1"
+        )
+    for what, total in (
+        (f"{config.patches} patches", config.patches),
+        (f"{phases} phases", phases),
+    ):
+        if total % count:
+            raise UserError(
+                f"config.run.context_devices {count} does not divide the {what} of a row"
+            )
+    return Shards(count)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -114,19 +155,19 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     """The training step of `config` on `mesh`.
 
     Raises:
-      UserError: if the batch can't be split evenly over the devices.
+      UserError: if the batch or its rows can't be split evenly over the devices.
     """
-    train = config.train
-    if train.batch_size % mesh.size:
+    train, shares, shards = config.train, mesh.shape["data"], context_shards(config, mesh)
+    if train.batch_size % shares:
         raise UserError(
-            f"config.train.batch_size {train.batch_size} is not a multiple of {mesh.size} devices"
+            f"config.train.batch_size {train.batch_size} is not a multiple of {shares} devices"
         )
-    rows_each = train.batch_size // mesh.size
+    rows_each = train.batch_size // shares
     rows_each = _largest_divisor(rows_each, train.micro_batch_size or rows_each)
-    rows, count = rows_each * mesh.size, train.batch_size // (rows_each * mesh.size)
+    rows, count = rows_each * shares, train.batch_size // (rows_each * shares)
     graphdef, _ = graphdef_and_params(config)
     optimizer = make_optimizer(config)
-    chunks = choose_chunks(config, rows_each, mesh.devices.flat[0])
+    chunks = choose_chunks(config, rows_each, mesh.devices.flat[0], shards)
     phase_chunk, chunk_patches = chunks
 
     def init() -> State:
@@ -138,12 +179,36 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         if config.objective == "last":
             return -model.next_sample_log_prob(codes, key).mean()
         return model.dense_nats(
-            codes, hop=train.hop, phase_chunk=phase_chunk, chunk_patches=chunk_patches, key=key
+            codes,
+            hop=train.hop,
+            phase_chunk=phase_chunk,
+            chunk_patches=chunk_patches,
+            key=key,
+            shards=shards,
+        )
+
+    def own_gradient(params: Any, codes: UInt8[Array, "b T"], key: Array) -> Any:
+        key = jax.random.fold_in(key, lax.axis_index(mesh.axis_names))
+        return lax.pmean(jax.value_and_grad(loss)(params, codes, key), mesh.axis_names)
+
+    # Left to itself, XLA gathers what the predictors read and adds up gradients inside loops. But
+    # it draws the same dropout on any number of devices.
+    model = config.model
+    gradient: Any = jax.value_and_grad(loss)
+    dropout = model.conv_dropout or model.mlp_dropout or model.head_dropout or model.token_dropout
+    if shards or (mesh.size > 1 and not dropout):
+        everything, rows_of = PartitionSpec(), PartitionSpec("data")
+        gradient = jax.shard_map(
+            own_gradient,
+            mesh=mesh,
+            in_specs=(everything, rows_of, everything),
+            out_specs=everything,
+            check_vma=False,
         )
 
     def accumulate(total: Any, params: Any, codes: Any, step: Array, index: int) -> Any:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        piece = jax.value_and_grad(loss)(params, codes, jax.random.fold_in(key, index))
+        piece = gradient(params, codes, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, piece), piece[0]
 
     def apply(state: State, total: Any) -> tuple[State, dict[str, Array]]:
@@ -208,13 +273,18 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     )
 
 
-def choose_chunks(config: Config, rows: int, device: Any) -> tuple[int, int]:
-    """`(phase_chunk, chunk_patches)` of the dense form for `rows` segments on one device.
+def choose_chunks(
+    config: Config, rows: int, device: Any, shards: Shards | None = None
+) -> tuple[int, int]:
+    """`(phase_chunk, chunk_patches)` of the dense form for `rows` segments, or shares, on a device.
 
     What the configuration leaves at 0 is chosen for the device's memory, of which a third is for
     the encoder's activations (half of the machine's counts where the device does not tell). The
     Transformer's, kept for one chunk of phases, take up to a 24th of it, but on a CPU not much
     more than its caches hold.
+
+    Raises:
+      UserError: if what the configuration gives does not divide a device's share.
     """
     model, run = config.model, config.run
     memory = usable_bytes(device) or _machine_bytes() / 2
@@ -226,6 +296,14 @@ def choose_chunks(config: Config, rows: int, device: Any) -> tuple[int, int]:
     token = model.num_layers * layer + 2 * model.readout_width + 512
     phase = rows * patches * token * bytes_each
     patch = rows * model.patch_samples * 3 * sum(model.filters) * bytes_each
+    if shards:
+        patches, phases = patches // shards.count, phases // shards.count
+    for name, chunk, total in (
+        ("phase_chunk", run.phase_chunk, phases),
+        ("encode_chunk_patches", run.encode_chunk_patches, patches),
+    ):
+        if chunk and total % chunk:
+            raise UserError(f"config.run.{name} {chunk} does not divide a device's {total}")
     return (
         run.phase_chunk or _largest_divisor(phases, most / phase),
         run.encode_chunk_patches or _largest_divisor(patches, memory / 3 / patch),

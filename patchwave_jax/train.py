@@ -72,7 +72,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
     validation_split = open_split(data_dir, config.data.dataset, "validation")
     windows = make_windows(config, train_split)
 
-    mesh = make_mesh()
+    mesh = make_mesh(config.run.context_devices)
     step = make_step(config, mesh)
     evaluator = sliding.Evaluator(config, mesh)
     targets = measure.choose_targets(config, validation_split, max_targets=config.run.eval_targets)
