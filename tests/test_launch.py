@@ -216,7 +216,9 @@ def test_flags_are_those_of_the_real_gcloud(tmp_path):
     commands = sorted({c for c in map(plain, found) if c.startswith("gcloud ")})
     assert len(commands) >= 8
     wrong = "gcloud compute tpus queued-resources delete pw --nonsense --zone=z"
-    (tmp_path / "commands").write_text(json.dumps([*commands, wrong]))
+    (tmp_path / "commands").write_text(
+        json.dumps([{"command_string": c} for c in [*commands, wrong]])
+    )
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CLOUDSDK_CONFIG": str(tmp_path)}
     done = subprocess.run(
         ["unshare", "-n", "gcloud", "meta", "lint-gcloud-commands",
@@ -224,11 +226,12 @@ def test_flags_are_those_of_the_real_gcloud(tmp_path):
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     try:
-        *told, last = json.loads(done.stdout)
+        told = {t["command_string"]: t["error_message"] for t in json.loads(done.stdout)}
     except ValueError:
         pytest.skip(f"this SDK has no lint: {done.stderr}")
-    assert not last["success"]
-    assert {t["command_string"]: t["error_message"] for t in told if not t["success"]} == {}
+    assert len(told) == len(commands) + 1
+    assert "nonsense" in told.pop(wrong)
+    assert {c: error for c, error in told.items() if error} == {}
 
 
 def plain(line):
