@@ -121,7 +121,7 @@ def roofline(chip: Chip, programs: list[Program], dtype: str) -> dict[str, float
     share. In each program computation, memory and network overlap at best.
     """
     twice = {"all-reduce": 2.0}
-    total = dict.fromkeys(("computation", "memory", "network", "step"), 0.0)
+    total: dict[str, float] = {"computation": 0.0, "memory": 0.0, "network": 0.0, "step": 0.0}
     for p in programs:
         sent = sum(
             c.times * c.bytes_each * twice.get(c.kind, 1.0) * (c.group - 1) / c.group

@@ -101,9 +101,9 @@ def plan(config: Config, topology: str, name: str = "") -> Plan:
         collectives=collectives,
         programs=programs,
         seconds=seconds,
-        bound=seconds and max((k for k in seconds if k != "step"), key=lambda k: seconds[k]),
-        targets_per_second=seconds and targets / seconds["step"],
-        run_hours=seconds and config.train.num_steps * seconds["step"] / 3600,
+        bound=max(list(seconds)[:-1], key=seconds.__getitem__) if seconds else None,
+        targets_per_second=targets / seconds["step"] if seconds else None,
+        run_hours=config.train.num_steps * seconds["step"] / 3600 if seconds else None,
     )
 
 
@@ -208,10 +208,10 @@ def main(argv: list[str] | None = None) -> None:
     args, rest = parser.parse_known_args(argv)
     if not args.topology:
         raise UserError("--topology is missing: the machine to plan for, such as v5e-16")
-    given = [] if args.config is None else [f"--config={args.config}"]
+    given = [f"--config={args.config}"] if args.config else []
     config, _ = train.parse([sys.argv[0], *given, *rest])
     jax.config.update("jax_platforms", "cpu")  # no device here is wanted, only compilers
-    name = " ".join([args.config, *(x.removeprefix("--config.") for x in rest)])
+    name = " ".join([str(args.config), *(x.removeprefix("--config.") for x in rest)])
     try:
         if args.fit:
             config, found = fit(config, args.topology, name, lambda x: print(x, flush=True))
