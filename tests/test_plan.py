@@ -24,7 +24,9 @@ from patchwave_jax.errors import UserError
 from patchwave_jax.step import make_mesh, make_step
 
 HAS_TPU = importlib.util.find_spec("libtpu") is not None
+HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
 needs_tpu = pytest.mark.skipif(not HAS_TPU, reason="libtpu is not installed: pip install '.[tpu]'")
+needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="no CUDA plugin: pip install '.[cuda]'")
 
 
 def compiled(function, *shapes, dtype=jnp.float32):
@@ -296,9 +298,12 @@ def test_a_tpus_compiler_says_what_does_not_fit():
     assert caught.value.needs > 2 * x.size * 4
 
 
-@needs_tpu
-def test_a_step_on_a_tpu_counts_as_on_cpus(plans):
-    found = plan.plan(config_of("last"), "v5e:2x4")
+@pytest.mark.parametrize(
+    "topology",
+    [pytest.param("v5e:2x4", marks=needs_tpu), pytest.param("a100:8", marks=needs_cuda)],
+)
+def test_a_step_elsewhere_counts_as_on_cpus(topology, plans):
+    found = plan.plan(config_of("last"), topology)
     assert found.flops == pytest.approx(plans["last"].flops, rel=0.2)
     assert found.seconds is not None
     assert found.seconds["step"] > 0
