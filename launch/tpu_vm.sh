@@ -8,7 +8,7 @@ Usage: launch/tpu_vm.sh COMMAND --project=ID --zone=ZONE --name=NAME [OPTION...]
 
 Commands, each of which may be repeated:
   create    ask for the slice and wait until it is there; one that was preempted is replaced
-  install   copy this checkout to every worker, install it, copy or mount the data
+  install   copy this checkout to every worker, install it, copy the data, mount the bucket
   train     start training on every worker, unless it runs already
   log       follow the log of worker 0
   stop      have every worker save and stop
@@ -21,13 +21,14 @@ Options:
   --runtime=NAME   software version (default: the one for the type)
   --spot           cheaper, may be preempted
   --data=gs://B/D  where the built data is; copied to the disk of every worker
-  --mount          mount the bucket of --data with Cloud Storage FUSE instead of copying
+  --bucket=NAME    a bucket to mount as ./bucket of every worker with Cloud Storage FUSE
   --dry-run        print what would be done, do nothing
   --help           this
 
 FLAGs are those of `python -m patchwave_jax.train`; put --workdir where it outlives the slice:
   launch/tpu_vm.sh up --project=my-project --zone=us-west4-a --name=pw --spot \
-    --data=gs://my-bucket/data -- --config=configs/ctx1m.py:dense --workdir=gs://my-bucket/runs/pw
+    --data=gs://my-bucket/data --bucket=my-bucket -- \
+    --config=configs/ctx128k.py:dense --config.train.batch_size=16 --workdir=bucket/runs/pw
 TEXT
 }
 
@@ -36,7 +37,7 @@ die() {
   exit 2
 }
 
-command='' project='' zone='' name='' type=v5litepod-16 runtime='' spot='' data='' mount='' dry=''
+command='' project='' zone='' name='' type=v5litepod-16 runtime='' spot='' data='' bucket='' dry=''
 while (($#)); do
   case $1 in
     create | install | train | log | stop | up | status | delete)
@@ -50,7 +51,7 @@ while (($#)); do
     --runtime=*) runtime=${1#*=} ;;
     --spot) spot=yes ;;
     --data=*) data=${1#*=} ;;
-    --mount) mount=yes ;;
+    --bucket=*) bucket=${1#*=} ;;
     --dry-run) dry=yes ;;
     --help | -h)
       usage
@@ -70,7 +71,7 @@ done
 [[ -n $name ]] || die "--name is missing: what the slice is to be called"
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "--name=$name must be of a-z, 0-9 and -"
 [[ -z $data || $data == gs://?* ]] || die "--data=$data must start with gs://"
-[[ -z $mount || -n $data ]] || die "--mount needs --data=gs://BUCKET/DIRECTORY"
+[[ -z $bucket || $bucket =~ ^[a-z0-9][a-z0-9._-]+$ ]] || die "--bucket=$bucket is no bucket's name"
 if [[ $command == train || $command == up ]]; then
   (($#)) || die "the flags of train are missing: -- --config=... --workdir=..."
 fi
@@ -140,12 +141,12 @@ install() {
 mkdir -p patchwave_jax && tar -xzf patchwave_jax.tar.gz -C patchwave_jax && cd patchwave_jax
 test -x .venv/bin/python || { python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --python 3.12; }
 ~/.local/bin/uv pip install --quiet -e ".[tpu]" -c requirements.lock'
-  if [[ -n $mount ]]; then
-    local bucket=${data#gs://}
+  if [[ -n $bucket ]]; then
     script+="
-command -v gcsfuse > /dev/null || { echo 'gcsfuse is not installed on this image: leave out --mount' >&2; exit 1; }
-mkdir -p ~/bucket && { mountpoint -q ~/bucket || gcsfuse --implicit-dirs -o ro $(printf %q "${bucket%%/*}") ~/bucket; }"
-  elif [[ -n $data ]]; then
+command -v gcsfuse > /dev/null || { echo 'this image has no gcsfuse: leave out --bucket' >&2; exit 1; }
+mkdir -p bucket && { mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 $bucket bucket; }"
+  fi
+  if [[ -n $data ]]; then
     script+="
 mkdir -p ~/data && gcloud storage rsync --recursive $(printf %q "$data") ~/data"
   fi
@@ -155,13 +156,7 @@ mkdir -p ~/data && gcloud storage rsync --recursive $(printf %q "$data") ~/data"
 train() {
   local flags directory=''
   printf -v flags ' %q' "$@"
-  if [[ -n $mount ]]; then
-    directory=${data#gs://}
-    [[ $directory == */* ]] && directory=/${directory#*/} || directory=''
-    directory="export PATCHWAVE_DATA_DIR=~/bucket$(printf %q "$directory")"
-  elif [[ -n $data ]]; then
-    directory='export PATCHWAVE_DATA_DIR=~/data'
-  fi
+  [[ -z $data ]] || directory='export PATCHWAVE_DATA_DIR=~/data'
   # The exit code in train.exit tells `up` whether it is over; it is gone while training runs.
   on_workers all "set -eu
 cd patchwave_jax

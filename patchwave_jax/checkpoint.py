@@ -22,6 +22,8 @@ from orbax.checkpoint import v1 as ocp
 
 import patchwave_jax
 from patchwave_jax.config import Config
+from patchwave_jax.data.remote import require_folder
+from patchwave_jax.distributed import all_agree, is_first, wait_for_all
 from patchwave_jax.errors import UserError
 from patchwave_jax.records import DamagedError, Record, described, layout, parse, record_hash
 
@@ -34,17 +36,19 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int | None = None):
         """Opens `workdir` for training, keeping `keep` newest steps; None: only to read."""
+        require_folder(workdir)
         self.directory = Path(workdir).resolve() / "checkpoints"
         if keep is None and not self.directory.is_dir():
             raise UserError(
                 f"{workdir} holds no checkpoints; train there first "
                 f"(python -m patchwave_jax.train --config=... --workdir={workdir})"
             )
-        for step, error in _broken_json(self.directory):
+        for step, error in _broken_json(self.directory) if keep is None or is_first() else ():
             damaged = self._damaged(step, error)
             if keep is None:
                 raise damaged
             self._set_aside(step, damaged)
+        wait_for_all("checkpoints")
         best = _policies.BestN(
             get_metric_fn=lambda metrics: metrics[METRIC],
             reverse=True,  # the lowest
@@ -183,13 +187,19 @@ class Checkpoints:
           UserError: from `check`, or if there are none but damaged steps.
         """
         while (step := self.latest) is not None:
+            damage, found = self._damaged(step, "another process can't read it"), None
             try:
                 record = self.record(step)
                 check(record)
-                return self.restore(step, abstract_state), record
+                found = self.restore(step, abstract_state), record
             except DamagedError as error:
-                self._set_aside(step, error)
-                self._checkpointer.reload()
+                damage = error
+            if all_agree(found is not None):
+                return found
+            if is_first():
+                self._set_aside(step, damage)
+            wait_for_all("set aside")
+            self._checkpointer.reload()
         if self._aside.is_dir() and any(self._aside.iterdir()):
             raise UserError(
                 f"{self.directory} holds no sound checkpoint, only damaged ones in {self._aside}; "

@@ -71,7 +71,7 @@ class DataConfig:
     """Where windows come from."""
 
     dataset: str = "youtube_mix"  # youtube_mix, maestro, audio_folder or piano_demo
-    data_dir: str = ""  # where datasets are built; empty: $PATCHWAVE_DATA_DIR or the user's cache
+    data_dir: str = ""  # of datasets, or gs://; empty: $PATCHWAVE_DATA_DIR or the user's cache
     quantiser: str = "mulaw"  # mulaw, linear or sashimi
     skip_damaged: bool = False  # draw another window where the train split can't be read
     distinct_positions: int = 10_000_000  # windows of one epoch, fixed by the seed; 0: all

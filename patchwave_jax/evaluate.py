@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from patchwave_jax import figures, measure, reference, sliding
+from patchwave_jax import distributed, figures, measure, reference, sliding
 from patchwave_jax.config import Config
 from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
@@ -148,10 +148,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{tables(tally)}\n", flush=True)
         records.append(as_json(result, tally) | about)
         tallies[f"{workdir}, {about['context_samples']:,} samples"] = tally
-    if args.json:
+    if args.json and distributed.is_first():
         content = records[0] if len(records) == 1 else records
         args.json.write_text(json.dumps(content, indent=2) + "\n")
-    if args.plot:
+    if args.plot and distributed.is_first():
         figures.save(figures.context_curves(tallies, width=7), args.plot)
 
 
@@ -198,4 +198,4 @@ def check_output(path: Path | None, overwrite: bool) -> None:
 
 if __name__ == "__main__":
     keep_compilations()
-    main()
+    distributed.run(main)

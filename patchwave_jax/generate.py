@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from patchwave_jax import quantisers, sliding
+from patchwave_jax import distributed, quantisers, sliding
 from patchwave_jax.agreement import check
 from patchwave_jax.data import audio
 from patchwave_jax.data.audio import SAMPLE_RATE
@@ -66,13 +66,12 @@ def start(
 
 
 def make_mesh(num: int) -> Mesh:
-    """Devices for `num` streams; on a CPU, cores."""
+    """Devices of this process for `num` streams; on a CPU, cores."""
     with contextlib.suppress(RuntimeError):  # JAX runs already, with the devices that it has
         if jax.config.jax_num_cpu_devices < 1:  # pyright: ignore
             jax.config.update("jax_num_cpu_devices", min(num, os.cpu_count() or 1))
-    count = min(num, jax.device_count())
-    kinds = (AxisType.Auto,)
-    return jax.make_mesh((count,), ("data",), axis_types=kinds, devices=jax.devices()[:count])
+    devices, kinds = jax.local_devices()[:num], (AxisType.Auto,)
+    return jax.make_mesh((len(devices),), ("data",), axis_types=kinds, devices=devices)
 
 
 def make_sampler(settings: Settings, evaluator: sliding.Evaluator, params: Any) -> Sampler:
@@ -174,6 +173,8 @@ def main(argv: list[str] | None = None) -> None:
         settings, step = Settings(**args), args.get("step")
     settings.check()
     evaluator, params, step = sliding.load(settings.workdir, step, make_mesh(settings.num))
+    if not distributed.is_first():
+        return  # all processes read the checkpoint, the first makes the clips
     if checking:
         sys.exit(0 if run_check(settings, evaluator, params) else 1)
     with stop_requested() as stopping:
@@ -232,4 +233,4 @@ def run_check(settings: Settings, evaluator: sliding.Evaluator, params: Any) -> 
 
 if __name__ == "__main__":
     keep_compilations()
-    main()
+    distributed.run(main)

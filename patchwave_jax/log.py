@@ -18,6 +18,7 @@ from tensorboardX.summary import audio, scalar
 from tqdm import tqdm
 
 from patchwave_jax.data.audio import SAMPLE_RATE
+from patchwave_jax.distributed import is_first
 
 _pb: Any = event_pb2
 
@@ -26,21 +27,25 @@ class Log:
     """Metrics of one run. A context manager."""
 
     def __init__(self, workdir: str | os.PathLike[str], first_step: int, num_steps: int):
-        """Opens the logs of `workdir`; rows past `first_step`, which will come again, go."""
+        """Opens the logs of `workdir`; rows past `first_step`, which will come again, go.
+
+        Of several processes only the first writes.
+        """
         self._path = Path(workdir) / "metrics.jsonl"
         text = self._path.read_text(errors="replace") if self._path.exists() else ""
         rows = text.splitlines()
         kept = [row for row in rows if _step_of(row) <= first_step]
-        if len(kept) < len(rows):
+        first = is_first()
+        if first and len(kept) < len(rows):
             aside = self._path.with_suffix(".tmp")
             aside.write_text("".join(f"{row}\n" for row in kept))
             aside.replace(self._path)
-        self._file = self._path.open("a")
+        self._file = (self._path if first else Path(os.devnull)).open("a")
         # Not by tensorboardX's SummaryWriter, whose thread dies unheard of a full disk.
         board = Path(workdir) / "tensorboard"
         board.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
-        self._board = (board / name).open("wb", buffering=0)
+        self._board = (board / name if first else Path(os.devnull)).open("wb", buffering=0)
         self._record(0, file_version="brain.Event:2")
         # What other files have of the steps from here on goes.
         restart = _pb.SessionLog(status=_pb.SessionLog.START)
@@ -50,7 +55,7 @@ class Log:
         self._bar = tqdm(
             initial=first_step,
             total=num_steps,
-            disable=not sys.stderr.isatty(),
+            disable=not (first and sys.stderr.isatty()),
             unit="step",
             dynamic_ncols=True,
         )

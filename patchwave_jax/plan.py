@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.topology:
         raise UserError("--topology is missing: the machine to plan for, such as v5e-16")
     given = [f"--config={args.config}"] if args.config else []
-    config, _ = train.parse([sys.argv[0], *given, *rest])
+    config, *_ = train.parse([sys.argv[0], *given, *rest])
     jax.config.update("jax_platforms", "cpu")  # no device here is wanted, only compilers
     name = " ".join([str(args.config), *(x.removeprefix("--config.") for x in rest)])
     try:

@@ -13,6 +13,7 @@ from typing import Any
 from patchwave_jax import quantisers, yardsticks
 from patchwave_jax.data.index import Split
 from patchwave_jax.data.windows import clips
+from patchwave_jax.distributed import is_first
 from patchwave_jax.errors import UserError
 from patchwave_jax.measure import Targets, measure_yardsticks
 from patchwave_jax.tally import LN2
@@ -112,6 +113,8 @@ def _open(workdir: str | os.PathLike[str], train_split: Split, quantiser: str) -
 
 
 def _write(workdir: str | os.PathLike[str], kept: dict[str, Any]) -> None:
+    if not is_first():
+        return
     path = Path(workdir) / FILENAME
     aside = path.with_name(f"{FILENAME}.{os.getpid()}")
     aside.write_text(json.dumps(kept) + "\n")

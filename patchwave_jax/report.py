@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 import patchwave_jax
-from patchwave_jax import expected, figures, measure, reference, sliding
+from patchwave_jax import distributed, expected, figures, measure, reference, sliding
 from patchwave_jax.calibration import Calibration, calibrate
 from patchwave_jax.config import Config
 from patchwave_jax.data.audio import SAMPLE_RATE
@@ -238,9 +238,10 @@ def main(argv: list[str] | None = None) -> None:
         data_dir=args.data_dir,
         generated_dir=args.generated,
     )
-    out.write_text(html, encoding="utf-8")
+    if distributed.is_first():
+        out.write_text(html, encoding="utf-8")
     print(f"{out}: {len(html) / 1e6:.1f} MB, opens in any browser without a network")
 
 
 if __name__ == "__main__":
-    main()
+    distributed.run(main)

@@ -24,7 +24,7 @@ import numpy as np
 import soundfile as sf
 from jaxtyping import Float32, Int16, UInt8
 
-from patchwave_jax import quantisers, sliding
+from patchwave_jax import distributed, quantisers, sliding
 from patchwave_jax.config import Config
 from patchwave_jax.data import audio
 from patchwave_jax.errors import UserError, exits_cleanly
@@ -213,6 +213,8 @@ def main(argv: list[str] | None = None) -> None:
         if not file.is_file():
             raise UserError(f"{file} is no file")
     paths = npz_paths(args.files, args.npz, args.overwrite)
+    if not distributed.is_first():
+        paths = [None] * len(paths)
 
     evaluator, params, step = sliding.load(args.workdir, args.step)
     config = evaluator.config
@@ -235,4 +237,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     keep_compilations()
-    main()
+    distributed.run(main)

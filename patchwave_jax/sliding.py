@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float32, Int64, UInt8
 
-from patchwave_jax import quantisers
+from patchwave_jax import distributed, quantisers
 from patchwave_jax.checkpoint import Checkpoints, abstract
 from patchwave_jax.config import Config
 from patchwave_jax.context import AXIS
@@ -31,6 +31,7 @@ from patchwave_jax.step import (
     context_shards,
     graphdef_and_params,
     make_mesh,
+    one_device,
     replicated,
 )
 
@@ -117,7 +118,7 @@ class Evaluator:
         plain = dataclasses.replace(config, train=dataclasses.replace(config.train, hop=1))
         shards = context_shards(plain, mesh)
         self._sharing = shards.count if shards else 1
-        phase_chunk, self._chunk_patches = choose_chunks(plain, each, mesh.devices.flat[0], shards)
+        phase_chunk, self._chunk_patches = choose_chunks(plain, each, one_device(mesh), shards)
 
         def own_log_probs(params: Any, segments: jax.Array, newest: int) -> jax.Array:
             model = nnx.merge(graphdef, params)
@@ -205,7 +206,9 @@ class Evaluator:
         batch = np.full((self.rows, (patches + 1) * size), quantisers.SILENCE, np.uint8)
         for row, (_, codes) in zip(batch, group, strict=False):
             row[: codes.size] = codes
-        log_probs = np.asarray(self._log_probs(params, batch, newest))
+        own = distributed.own_rows(self.mesh, self.rows)
+        placed = distributed.place_rows(self.mesh, batch[own], self.rows)
+        log_probs = np.asarray(self._log_probs(params, placed, newest))
         for (window, _), row in zip(group, log_probs, strict=False):
             skipped = (window.patches - window.newest - patches + newest) * size
             row = row[skipped : skipped + window.end - window.first]

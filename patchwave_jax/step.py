@@ -23,6 +23,7 @@ from jaxtyping import Array, Float32, UInt8
 from patchwave_jax.chips import usable_bytes
 from patchwave_jax.config import Config
 from patchwave_jax.context import AXIS, Shards
+from patchwave_jax.distributed import least, place_rows
 from patchwave_jax.errors import UserError
 from patchwave_jax.model import PatchWave
 
@@ -132,7 +133,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a run compiles. `update` donates the state it is given.
+    """What a run compiles. `update` donates the state it is given; of a batch it takes the rows
+    that are this process' own.
 
     Its metrics are `nll_nats`, `gradient_norm`, and as `micro_batch_nats` the NLL of each
     micro-batch: row i of the batch is in micro-batch i % count. It calls `accumulate` for each
@@ -167,7 +169,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     rows, count = rows_each * shares, train.batch_size // (rows_each * shares)
     graphdef, _ = graphdef_and_params(config)
     optimizer = make_optimizer(config)
-    chunks = choose_chunks(config, rows_each, mesh.devices.flat[0], shards)
+    chunks = choose_chunks(config, rows_each, one_device(mesh), shards)
     phase_chunk, chunk_patches = chunks
 
     def init() -> State:
@@ -253,7 +255,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         # batch is in micro-batch i % count, so that each device keeps the rows it has.
         total, parts = zeros(), []
         for index in range(count):
-            micro = codes.reshape(rows, count, -1)[:, index]
+            micro = place_rows(mesh, codes.reshape(-1, count, codes.shape[1])[:, index], rows)
             total, nats = accumulate(total, state["params"], micro, state["step"], index)
             parts.append(nats)
         state, metrics = apply(state, total)
@@ -288,6 +290,7 @@ def choose_chunks(
     """
     model, run = config.model, config.run
     memory = usable_bytes(device) or _machine_bytes() / 2
+    memory = least(memory)  # all processes have to run the same program
     most = CPU_CHUNK_BYTES if device.platform == "cpu" else memory / 24
     patches, phases = config.patches, model.patch_samples // config.train.hop
     bytes_each = jnp.dtype(model.compute_dtype).itemsize
@@ -308,6 +311,12 @@ def choose_chunks(
         run.phase_chunk or _largest_divisor(phases, most / phase),
         run.encode_chunk_patches or _largest_divisor(patches, memory / 3 / patch),
     )
+
+
+def one_device(mesh: Mesh) -> Any:
+    """One whose memory can be asked for: of this process, where it has any."""
+    devices, own = list(mesh.devices.flat), jax.process_index()
+    return next((device for device in devices if device.process_index == own), devices[0])
 
 
 def _machine_bytes() -> int:

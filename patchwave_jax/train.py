@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from flax import nnx
 from ml_collections import config_flags
 
 from patchwave_jax import (
+    distributed,
     expected,
     measure,
     preview,
@@ -28,6 +29,7 @@ from patchwave_jax import (
     records,
     reference,
     sliding,
+    trace,
     yardsticks,
 )
 from patchwave_jax.checkpoint import Checkpoints
@@ -35,6 +37,7 @@ from patchwave_jax.config import Config, from_config_dict
 from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
+from patchwave_jax.data.remote import require_folder
 from patchwave_jax.data.windows import Windows, batches, clips
 from patchwave_jax.errors import UserError, exits_cleanly, names_file
 from patchwave_jax.lock import Lock
@@ -49,13 +52,16 @@ from patchwave_jax.step import (
     make_schedule,
     make_step,
 )
+from patchwave_jax.trace import Trace
 from patchwave_jax.watch import Watch
 
 PAPER_PARAMETERS = "3.14M"
 _CONFIGS = "configs/demo.py, laptop.py, ctx128k.py, ctx512k.py, ctx1m.py (or ctx128k.py:dense ...)"
 
 
-def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
+def train(
+    config: Config, workdir: str | os.PathLike[str], profile_steps: trace.Steps | None = None
+) -> bool:
     """Trains `config` in `workdir`, going on from its newest checkpoint if there is one.
 
     Returns:
@@ -66,13 +72,16 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
         the loss stays without a number, the disk is full or broken, or another process trains
         there; the last good checkpoint is kept.
     """
+    require_folder(workdir)
     data_dir = config.data.data_dir or default_data_dir()
+    if distributed.is_first():  # others find it, or build one of their host's
+        ensure_built(config.data.dataset, data_dir)
+    distributed.wait_for_all("data")
     ensure_built(config.data.dataset, data_dir)
     train_split = open_split(data_dir, config.data.dataset, "train", config.data.skip_damaged)
     validation_split = open_split(data_dir, config.data.dataset, "validation")
-    windows = make_windows(config, train_split)
-
-    mesh = make_mesh(config.run.context_devices)
+    mesh, windows = make_mesh(config.run.context_devices), make_windows(config, train_split)
+    own = distributed.own_rows(mesh, config.train.batch_size)
     step = make_step(config, mesh)
     evaluator = sliding.Evaluator(config, mesh)
     targets = measure.choose_targets(config, validation_split, max_targets=config.run.eval_targets)
@@ -83,32 +92,38 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
         f"{count_parameters(step.abstract_state['params']):,} parameters (the paper: "
         f"{PAPER_PARAMETERS}), objective {config.objective}, context {config.context_samples:,} "
         f"samples, {targets_per_step:,} targets a step, {mesh.size} x "
-        f"{mesh.devices.flat[0].device_kind}",
+        f"{mesh.devices.flat[0].device_kind}"
+        + (f" in {count} processes" if (count := jax.process_count()) > 1 else ""),
         flush=True,
     )
 
     with (
         names_file(workdir, then=". The last good checkpoint is kept: the same command goes on"),
-        Lock(workdir, "--workdir"),
+        Lock(workdir, "--workdir") if distributed.is_first() else contextlib.nullcontext(),
         finds_nans(config.run.debug_nans),
         Checkpoints(workdir, keep=run.keep_checkpoints) as checkpoints,
-        stop_requested() as stopping,
+        stop_requested(shared=jax.process_count() > 1) as stopping,
     ):
         state, best, flat = restore_or_init(config, step, checkpoints, train_split)
         done = int(state["step"])
-        write_config(config, workdir)
-        data = batches(windows, done)
+        if distributed.is_first():
+            write_config(config, workdir)
+        data = batches(make_windows(config, train_split, own), done)
 
-        with Log(workdir, done, num_steps) as log:
+        with (
+            Log(workdir, done, num_steps) as log,
+            Trace(profile_steps, Path(workdir), done, num_steps) as traced,
+        ):
             watch = Watch(windows, Path(workdir), log.say)
-            clock, timed, evaluating, saving = time.monotonic(), done, False, False
+            clock, timed, evaluating, saving, stop = time.monotonic(), done, False, False, False
             while done < num_steps and not exhausted(config, flat):
                 batch = next(data)
-                state, metrics = step.update(state, batch["codes"])
+                state, metrics = traced.run(done + 1, step.update, state, batch["codes"])
                 done += 1
                 watch.add(done, metrics, int(batch["redrawn"].sum()))
                 log.advance()
-                stop, last = stopping(), done == num_steps
+                stop = stop or distributed.stop_agreed(done, stopping)
+                last = done == num_steps
                 evaluating |= done % run.eval_every_steps == 0 or last
                 saving |= done % run.save_every_steps == 0 or evaluating or stop
                 if done % run.log_every_steps == 0 or saving:
@@ -133,8 +148,10 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
                     result = measure.result(tally, targets)
                     log.write(done, "validation", dataclasses.asdict(result))
                     validation = result.nll_nats
-                    yards = reference.yardsticks_on(targets, train_split, workdir)
-                    log.say(reference.verdict(validation, yards))
+                    if distributed.is_first():
+                        yards = reference.yardsticks_on(targets, train_split, workdir)
+                        log.say(reference.verdict(validation, yards))
+                    distributed.wait_for_all("yardsticks")
                     if known and (words := expected.compare(known, done, result.nll_bits)):
                         log.say(words)
                     improved = best is None or validation < best
@@ -151,7 +168,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
                         validation_nats=validation,
                     )
                 sampling = run.sample_every_steps > 0 and done % run.sample_every_steps == 0
-                if sampling and not stop:
+                if sampling and not stop and distributed.is_first():
                     log.clips(done, preview.make(config, state["params"], workdir, done, stopping))
                 if saving or sampling:
                     clock, timed = time.monotonic(), done
@@ -164,8 +181,8 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> bool:
     return True
 
 
-def make_windows(config: Config, split: Split) -> Windows:
-    """The training windows of `split` that `config` asks for."""
+def make_windows(config: Config, split: Split, rows: Sequence[int] | None = None) -> Windows:
+    """The training windows of `split` that `config` asks for; of `rows` of the batch, or all."""
     data = config.data
     return Windows(
         split,
@@ -173,6 +190,7 @@ def make_windows(config: Config, split: Split) -> Windows:
         batch_size=config.train.batch_size,
         quantiser=data.quantiser,
         seed=config.seed,
+        rows=rows,
         distinct_positions=data.distinct_positions or None,
         gain_db=data.gain_db,
         pitch_semitones=data.pitch_semitones,
@@ -218,10 +236,14 @@ def start_from_linear_prediction(config: Config, step: Step, params: Any, split:
     audio = split.excerpts((c.recording, c.start, c.length) for c in chosen)
     excerpts = [quantiser.encode(pcm) for pcm in audio]
     taps, scale = yardsticks.fit_linear(excerpts, quantiser, config.model.predictor_taps)
-    model = nnx.merge(step.graphdef, params)
-    model.head.start_from(taps, scale)
+
+    def started(params: Any) -> Any:
+        model = nnx.merge(step.graphdef, params)
+        model.head.start_from(taps, scale)
+        return nnx.state(model)
+
     shardings = jax.tree.map(lambda x: x.sharding, step.abstract_state["params"])
-    return jax.device_put(nnx.state(model), shardings)
+    return jax.jit(started, out_shardings=shardings)(params)
 
 
 @contextlib.contextmanager
@@ -238,14 +260,19 @@ def finds_nans(wanted: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Within it, a first SIGTERM or Ctrl-C only makes the yielded function say True."""
+def stop_requested(shared: bool = False) -> Iterator[Callable[[], bool]]:
+    """Within it, a first SIGTERM or Ctrl-C only makes the yielded function say True.
+
+    If it is `shared`, JAX hears SIGTERM, for `distributed.stop_agreed`; Ctrl-C becomes one.
+    """
     received: list[int] = []
-    signals = (signal.SIGTERM, signal.SIGINT)
+    signals = (signal.SIGINT,) if shared else (signal.SIGTERM, signal.SIGINT)
 
     def note(number: int, _: object) -> None:
         received.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        if shared:
+            signal.raise_signal(signal.SIGTERM)
 
     before = [signal.signal(number, note) for number in signals]
     try:
@@ -285,8 +312,8 @@ def closing_words(
     return "\n".join(lines)
 
 
-def parse(argv: list[str]) -> tuple[Config, str]:
-    """The configuration and the working directory that a command line asks for."""
+def parse(argv: list[str]) -> tuple[Config, str, trace.Steps | None]:
+    """The configuration, the working directory and the traced steps a command line asks for."""
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file(
         "config",
@@ -298,6 +325,12 @@ def parse(argv: list[str]) -> tuple[Config, str]:
     )
     workdir = flags.DEFINE_string(
         "workdir", None, "Where the run lives; default: runs/CONFIG.", flag_values=values
+    )
+    profile_steps = flags.DEFINE_string(
+        "profile_steps",
+        None,
+        "FIRST:LAST, such as 10:13: steps to trace into WORKDIR/profile, for TensorBoard or XProf.",
+        flag_values=values,
     )
     wants_help = flags.DEFINE_bool("help", False, "Show this.", flag_values=values)
     try:
@@ -322,7 +355,8 @@ def parse(argv: list[str]) -> tuple[Config, str]:
     if tree is None:
         raise UserError(f"--config is missing; those that come along: {_CONFIGS}")
     name = Path(values["config"].config_filename).stem  # pyright: ignore
-    return from_config_dict(tree), workdir.value or f"runs/{name}"
+    steps = trace.parse(profile_steps.value) if profile_steps.value is not None else None
+    return from_config_dict(tree), workdir.value or f"runs/{name}", steps
 
 
 @exits_cleanly
@@ -334,4 +368,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     keep_compilations()
-    main()
+    distributed.run(main, agrees_to_stop=True)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from patchwave_jax.data.windows import Windows
+from patchwave_jax.distributed import is_first
 from patchwave_jax.errors import UserError
 
 MOST_IN_A_ROW = 10  # skipped steps; then the run ends
@@ -82,6 +83,8 @@ class Watch:
         return ", ".join(places) + (f" and {rows.size - 5} more" if rows.size > 5 else "")
 
     def _keep(self, step: int, nats: float, norm: float, parts: Float[np.ndarray, " m"]) -> None:
+        if not is_first():
+            return
         batch = self._windows[step - 1]  # the same again: it depends on nothing else
         bad = ~np.isfinite(parts)
         bad = bad if bad.any() else np.ones_like(bad)  # only the gradient: any of them

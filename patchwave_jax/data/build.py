@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from patchwave_jax.data import audio, builder, manifest
+from patchwave_jax.data import audio, builder, manifest, remote
 from patchwave_jax.data.audio_folder import audio_folder_dataset_builder
 from patchwave_jax.data.maestro import maestro_dataset_builder
 from patchwave_jax.data.manifest import Manifest
@@ -62,6 +62,8 @@ def build(
       UserError: naming every stray, missing or unusable file; the difference, if what is built
         is not from these files; the space needed, if there is too little.
     """
+    if remote.is_address(data_dir):
+        raise UserError(f"{data_dir} is no folder; build in one, then copy it there")
     target = manifest.dataset_dir(data_dir, dataset)
     kind = _BUILDERS[dataset]
     source = kind.SOURCE or _source_folder(dataset, source)

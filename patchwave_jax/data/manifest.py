@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from patchwave_jax.data import remote
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError
 
@@ -107,9 +108,12 @@ def default_data_dir() -> Path:
 
 
 def dataset_dir(data_dir: str | os.PathLike[str], dataset: str) -> Path:
-    """Where `dataset`'s shards and manifest live under `data_dir`."""
+    """Where `dataset`'s shards and manifest live under `data_dir`, an address' on this host."""
     if dataset not in DATASETS:
         raise UserError(f"dataset {dataset!r} is unknown; use one of {', '.join(DATASETS)}")
+    if remote.is_address(data_dir):
+        address = f"{os.fspath(data_dir).rstrip('/')}/{dataset}/{VERSION}"
+        return remote.copy_of(address, dataset, default_data_dir() / "remote")
     return Path(data_dir).expanduser() / dataset / VERSION
 
 

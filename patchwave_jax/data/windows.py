@@ -42,7 +42,7 @@ class Windows:
         quantiser: str,
         seed: int,
         distinct_positions: int | None = None,
-        rows: range | None = None,
+        rows: Sequence[int] | None = None,
         gain_db: float = 0.0,
         pitch_semitones: float = 0.0,
     ):

@@ -1,0 +1,80 @@
+"""Datasets at an address, by fsspec's file system in memory; and what can't be at one."""
+
+import sys
+
+import fsspec
+import numpy as np
+import pytest
+from small_run import make_config, make_data
+
+from patchwave_jax.checkpoint import Checkpoints
+from patchwave_jax.data import remote
+from patchwave_jax.data.build import build
+from patchwave_jax.data.index import open_split
+from patchwave_jax.errors import UserError
+from patchwave_jax.train import train
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A host's own disk."""
+    monkeypatch.setenv("PATCHWAVE_DATA_DIR", str(tmp_path / "cache"))
+    remote.copy_of.cache_clear()
+    return tmp_path / "cache/remote"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data"))
+
+
+def test_a_split_is_read_from_a_copy_that_is_made_once(data, cache):
+    system = fsspec.filesystem("memory")
+    system.put(str(data / "audio_folder"), "/bucket/audio_folder", recursive=True)
+    local = open_split(data, "audio_folder", "train")
+    for _ in range(2):
+        split = open_split("memory://bucket", "audio_folder", "train")
+        assert split.manifest_hash == local.manifest_hash
+        count = local.recordings[0].num_samples
+        np.testing.assert_array_equal(split.read(0, 0, count), local.read(0, 0, count))
+        # From now on there is only the manifest to read: a second process of this host.
+        for path in system.find("/bucket"):
+            if not path.endswith("manifest.json"):
+                system.rm(path)
+        remote.copy_of.cache_clear()
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_copy_cut_short_is_not_left_behind(data, cache, monkeypatch):
+    system = fsspec.filesystem("memory")
+    system.put(str(data / "audio_folder"), "/cut/audio_folder", recursive=True)
+    get, got = type(system).get_file, []
+
+    def fail(self, name, *args, **kwargs):
+        got.append(name)
+        if len(got) == 2:
+            raise PermissionError("403 Forbidden")
+        return get(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(type(system), "get_file", fail)
+    with pytest.raises(UserError, match=r"memory://cut/.* can't be read: 403 Forbidden"):
+        open_split("memory://cut", "audio_folder", "train")
+    assert list(cache.iterdir()) == []
+
+
+def test_what_is_not_there_or_not_installed_is_named(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=r"memory://nothing/audio_folder/1\.0\.0 holds no dataset"):
+        open_split("memory://nothing", "audio_folder", "train")
+    with pytest.raises(UserError, match=r"no-such-kind://x/.* can't be read: Protocol not known"):
+        open_split("no-such-kind://x", "audio_folder", "train")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"gs://bucket/.* pip install 'patchwave-jax\[gcs\]'"):
+        open_split("gs://bucket", "audio_folder", "train")
+    with pytest.raises(UserError, match="gs://bucket is no folder; build in one"):
+        build("audio_folder", tmp_path, "gs://bucket")
+
+
+def test_a_working_directory_is_a_folder(data):
+    for call in (lambda: train(make_config(data), "gs://b/run"), lambda: Checkpoints("gs://b/run")):
+        with pytest.raises(UserError, match="--workdir=gs://b/run is no folder; mount the bucket"):
+            call()
