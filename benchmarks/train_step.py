@@ -29,6 +29,7 @@ from flax import nnx
 from patchwave_jax import recipes
 from patchwave_jax.chunks import mean_over_chunks
 from patchwave_jax.config import Config
+from patchwave_jax.flops import useful_flops
 from patchwave_jax.step import choose_chunks, keep_compilations, make_mesh, make_model, make_step
 
 YARDSTICK = 2048
@@ -52,25 +53,6 @@ def configuration(name: str, context: int) -> Config:
         config = dataclasses.replace(config, objective=objective, model=model)
     train = dataclasses.replace(config.train, batch_size=1, micro_batch_size=1)
     return dataclasses.replace(config, train=train)
-
-
-def useful_flops(config: Config, part: str = "all") -> float:
-    """Of one training step on one row, or of one of its parts: encoder, transformer, head."""
-    model, patches = config.model, config.patches
-    inputs = (model.embedding_width if model.input == "embedding" else 1, *model.filters)
-    encoder = sum(
-        model.kernel_size * a * b for a, b in zip(inputs, model.filters, strict=False)
-    ) + (model.final_frames * model.filters[-1] * model.width)
-    if model.skip_connections:
-        encoder += sum(model.filters) * model.width
-    folded = model.num_heads * model.width
-    scores = (patches + 1) / 2 * folded
-    block = 2 * model.width * folded + 2 * scores + 2 * model.width * model.mlp_width
-    outputs = 256 if model.head == "softmax" else 3 * model.mixture_components
-    readout = model.readout_width * (model.width + outputs)
-    parts = {"encoder": encoder, "transformer": model.num_layers * block, "head": readout}
-    macs = sum(parts.values()) if part == "all" else parts[part]
-    return 6.0 * macs * config.targets_per_row
 
 
 def measured(run: Callable[[], Any], runs: int) -> tuple[float, float]:

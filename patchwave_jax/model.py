@@ -77,11 +77,10 @@ class PatchWave(nnx.Module):
         """The patch form: `shape` is [B, N]; skips and predictions are the newest patch's."""
         config, (batch, samples) = self.config, codes.shape
         patches = codes.reshape(batch, samples // config.patch_samples, config.patch_samples)
-        keys = None if key is None else jax.random.split(key, patches.shape[1])
+        # Over rows: a convolution's batch is then rows times patches, and a mesh can split it.
+        keys = None if key is None else jax.random.split(key, batch)
         encode = jax.vmap(
-            lambda patch, key: self.encoder(patch, 0, 1, key),
-            in_axes=(1, None if keys is None else 0),
-            out_axes=1,
+            lambda row, key: self.encoder(row, 0, 1, key), (0, None if keys is None else 0)
         )
         tokens, skip = encode(patches, keys)
         prediction = self._predict(jnp.pad(codes, ((0, 0), (0, 1))), samples - age)

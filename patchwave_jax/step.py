@@ -7,7 +7,7 @@ devices share each row (see `patchwave_jax.context`). The parameters are replica
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
+from patchwave_jax.chips import usable_bytes
 from patchwave_jax.config import Config
 from patchwave_jax.context import AXIS, Shards
 from patchwave_jax.distributed import least, place_rows
@@ -31,19 +32,20 @@ CPU_CHUNK_BYTES = 100e6
 LN2 = math.log(2)
 
 
-def make_mesh(context_devices: int = 1) -> Mesh:
-    """All devices, `context_devices` of them for each row.
+def make_mesh(context_devices: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices (or `devices`), `context_devices` of them for each row.
 
     Raises:
       UserError: if that does not divide the number of devices.
     """
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     if count % context_devices:
         raise UserError(
             f"config.run.context_devices {context_devices} does not divide the {count} devices"
         )
     sizes = (count // context_devices, context_devices)
-    return jax.make_mesh(sizes, ("data", AXIS), axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh(sizes, ("data", AXIS), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def context_shards(config: Config, mesh: Mesh) -> Shards | None:
@@ -198,8 +200,12 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         all_rows = lax.dynamic_update_slice(jnp.zeros(rows), shares * own, (first,))
         return lax.pmean(((nats, all_rows), gradient), mesh.axis_names)
 
+    # Left to itself, XLA gathers what the predictors read and adds up gradients inside loops. But
+    # it draws the same dropout on any number of devices.
+    model = config.model
     gradient: Any = jax.value_and_grad(loss, has_aux=True)
-    if shards:
+    dropout = model.conv_dropout or model.mlp_dropout or model.head_dropout or model.token_dropout
+    if shards or (mesh.size > 1 and not dropout):
         everything, rows_of = PartitionSpec(), PartitionSpec("data")
         gradient = jax.shard_map(
             own_gradient,
@@ -290,7 +296,7 @@ def choose_chunks(
       UserError: if what the configuration gives does not divide a device's share.
     """
     model, run = config.model, config.run
-    memory = (device.memory_stats() or {}).get("bytes_limit", _machine_bytes() / 2)
+    memory = usable_bytes(device) or _machine_bytes() / 2
     memory = least(memory)  # all processes have to run the same program
     most = CPU_CHUNK_BYTES if device.platform == "cpu" else memory / 24
     patches, phases = config.patches, model.patch_samples // config.train.hop
