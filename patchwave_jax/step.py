@@ -18,11 +18,12 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
+from patchwave_jax.baseline import Baseline
 from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError
 from patchwave_jax.model import PatchWave
 
-State = dict[str, Any]  # params, opt_state, step
+State = dict[str, Any]  # params, opt_state, step; carry, of a baseline that has one
 CPU_CHUNK_BYTES = 100e6
 LN2 = math.log(2)
 
@@ -40,9 +41,12 @@ def by_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def make_model(config: Config, rngs: nnx.Rngs) -> PatchWave:
+def make_model(config: Config, rngs: nnx.Rngs) -> Any:
+    """A `PatchWave` or a `Baseline`."""
+    if config.is_baseline:
+        return Baseline(config, rngs=rngs)
     return PatchWave(
-        config.model,
+        config.patch_model,
         causal=config.objective == "dense",
         quantiser=config.data.quantiser,
         rngs=rngs,
@@ -124,23 +128,37 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     phase_chunk, chunk_patches = choose_chunks(config, rows_each, mesh.devices.flat[0])
 
     def init() -> State:
-        params = nnx.state(make_model(config, nnx.Rngs(config.seed)))
-        return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
+        model = make_model(config, nnx.Rngs(config.seed))
+        params = nnx.state(model)
+        state = {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
+        carry = model.start(train.batch_size) if isinstance(model, Baseline) else ()
+        return {**state, "carry": carry} if jax.tree.leaves(carry) else state
 
-    def loss(params: Any, codes: UInt8[Array, "b T"], key: Array) -> Float32[Array, ""]:
+    def loss(
+        params: Any, carry: Any, codes: UInt8[Array, "b T"], step: Array, key: Array
+    ) -> tuple[Float32[Array, ""], Any]:
         model = nnx.merge(graphdef, params)
+        if isinstance(model, Baseline):
+            return model.nats(codes, carry, step % config.segments == 0)
         if config.objective == "last":
-            return -model.next_sample_log_prob(codes, key).mean()
-        return model.dense_nats(
+            return -model.next_sample_log_prob(codes, key).mean(), carry
+        nats = model.dense_nats(
             codes, hop=train.hop, phase_chunk=phase_chunk, chunk_patches=chunk_patches, key=key
         )
+        return nats, carry
 
-    def accumulate(total: Any, params: Any, codes: Any, step: Array, index: int) -> Any:
+    def accumulate(total: Any, params: Any, carry: Any, codes: Any, step: Array, index: int) -> Any:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        piece = jax.value_and_grad(loss)(params, codes, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, piece), piece[0]
+        split = jax.tree.map(lambda x: x.reshape(rows, count, *x.shape[1:]), carry)
+        mine = jax.tree.map(lambda x: x[:, index], split)
+        (nats, mine), gradient = jax.value_and_grad(loss, has_aux=True)(
+            params, mine, codes, step, jax.random.fold_in(key, index)
+        )
+        split = jax.tree.map(lambda x, new: x.at[:, index].set(new), split, mine)
+        carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), split)
+        return jax.tree.map(jnp.add, total, (nats, gradient)), nats, carry
 
-    def apply(state: State, total: Any) -> tuple[State, dict[str, Array]]:
+    def apply(state: State, total: Any, carry: Any) -> tuple[State, dict[str, Array]]:
         nats, gradient = jax.tree.map(lambda x: x / count, total)
         updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -149,6 +167,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         # and so the learning rate, goes on. `Watch` tells of it.
         finite = jnp.isfinite(nats) & jnp.isfinite(metrics["gradient_norm"])
         new = {"params": params, "opt_state": opt_state}
+        new |= {"carry": carry} if "carry" in state else {}
         old = {name: state[name] for name in new}
         kept = jax.tree.map(
             lambda a, b: jnp.where(finite, a, b) if jnp.issubdtype(a.dtype, jnp.floating) else a,
@@ -158,8 +177,12 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         return {**kept, "step": state["step"] + 1}, metrics
 
     everywhere = replicated(mesh)
+    shapes = jax.eval_shape(init)
+    layouts = jax.tree.map(lambda _: everywhere, shapes)
+    if "carry" in shapes:
+        layouts["carry"] = jax.tree.map(lambda _: by_rows(mesh), shapes["carry"])
     abstract_state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(init)
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, layouts
     )
     zeros = jax.jit(
         lambda: jax.tree.map(
@@ -167,25 +190,28 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         ),
         out_shardings=everywhere,
     )
-    shardings = (everywhere, everywhere, by_rows(mesh), everywhere, None)
+    carried = layouts.get("carry", ())
+    shardings = (everywhere, everywhere, carried, by_rows(mesh), everywhere, None)
     donated = () if config.run.debug_nans else (0,)  # JAX repeats a call to find the NaN in it
     accumulate = jax.jit(
         accumulate,
         in_shardings=shardings,
-        out_shardings=everywhere,
+        out_shardings=(everywhere, everywhere, carried),
         donate_argnums=donated,
     )
-    apply = jax.jit(apply, out_shardings=everywhere, donate_argnums=donated)
+    apply = jax.jit(apply, out_shardings=(layouts, everywhere), donate_argnums=donated)
 
     def update(state: State, codes: UInt8[np.ndarray, "B T"]) -> tuple[State, dict[str, Any]]:
         # A loop of the host's, for the reason given in `PatchWave.encode_segment`. Row i of the
         # batch is in micro-batch i % count, so that each device keeps the rows it has.
-        total, parts = zeros(), []
+        total, parts, carry = zeros(), [], state.get("carry", ())
         for index in range(count):
             micro = codes.reshape(rows, count, -1)[:, index]
-            total, nats = accumulate(total, state["params"], micro, state["step"], index)
+            total, nats, carry = accumulate(
+                total, state["params"], carry, micro, state["step"], index
+            )
             parts.append(nats)
-        state, metrics = apply(state, total)
+        state, metrics = apply(state, total, carry)
         return state, {**metrics, "micro_batch_nats": parts}
 
     return Step(
@@ -193,7 +219,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         mesh=mesh,
         graphdef=graphdef,
         abstract_state=abstract_state,
-        init=jax.jit(init, out_shardings=everywhere),
+        init=jax.jit(init, out_shardings=layouts),
         update=update,
     )
 
@@ -206,7 +232,9 @@ def choose_chunks(config: Config, rows: int, device: Any) -> tuple[int, int]:
     Transformer's, kept for one chunk of phases, take up to a 24th of it, but on a CPU not much
     more than its caches hold.
     """
-    model, run = config.model, config.run
+    if config.is_baseline:
+        return 1, config.patches
+    model, run = config.patch_model, config.run
     memory = (device.memory_stats() or {}).get("bytes_limit", _machine_bytes() / 2)
     most = CPU_CHUNK_BYTES if device.platform == "cpu" else memory / 24
     patches, phases = config.patches, model.patch_samples // config.train.hop
