@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
 from patchwave_jax import quantisers, sliding
@@ -19,7 +19,7 @@ from patchwave_jax.baseline import picked
 from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError
 from patchwave_jax.sampler import CHUNK_SAMPLES, Knobs, Sampler
-from patchwave_jax.step import by_rows, graphdef_and_params, replicated
+from patchwave_jax.step import graphdef_and_params, replicated
 from patchwave_jax.wavenet import WaveNetConfig
 
 
@@ -35,6 +35,12 @@ def make_sampler(
     """`num` streams of whatever model `config` has; raises as `Sampler`."""
     kind = RecurrentSampler if config.is_baseline else Sampler
     return kind(config, params, mesh, num=num, knobs=knobs, stride_patches=stride_patches)
+
+
+def _rows_at(two: Any, three: Any) -> PartitionSpec:
+    """How an array is split by rows that has these shapes for two rows and for three."""
+    axis = [a != b for a, b in zip(two.shape, three.shape, strict=True)].index(True)
+    return PartitionSpec(*(None,) * axis, "data")
 
 
 class RecurrentSampler:
@@ -73,17 +79,20 @@ class RecurrentSampler:
             return nnx.merge(self._graphdef, params).network
 
         self._network = network
-        self._empty = jax.jit(
-            lambda params: network(params).empty(self._rows), out_shardings=by_rows(mesh)
+        two, three = (
+            jax.eval_shape(lambda p, n=n: network(p).empty(n), self._params) for n in (2, 3)
         )
-        prepare = jax.jit(lambda params: network(params).prepare(), out_shardings=replicated(mesh))
+        parts = jax.tree.map(_rows_at, two, three)
+        where = jax.tree.map(lambda part: NamedSharding(mesh, part), parts)
+        self._empty = jax.jit(lambda p: network(p).empty(self._rows), out_shardings=where)
+        prepare = jax.jit(lambda p: network(p).prepare(), out_shardings=replicated(mesh))
         self._prepared = prepare(self._params)
         rows, everywhere = PartitionSpec("data"), PartitionSpec()
         mapped = jax.shard_map(
             self._run,
             mesh=mesh,
-            in_specs=(everywhere, everywhere, *(rows,) * 4, *(everywhere,) * 4),
-            out_specs=rows,
+            in_specs=(everywhere, everywhere, parts, *(rows,) * 3, *(everywhere,) * 4),
+            out_specs=(parts, rows, rows),
             check_vma=False,
         )
         self._loop = jax.jit(mapped, donate_argnums=2)

@@ -81,7 +81,7 @@ def plan(
             windows.append(Window(clip, first, end, patches, stride))
     total = sum(w.end - w.first for w in windows)
     if max_targets and total > max_targets:
-        windows = [piece for window in windows for piece in _pieces(window, stride, config)]
+        windows = [piece for window in windows for piece in pieces(window, stride, config)]
         count = max(1, round(len(windows) * max_targets / total))
         rng = np.random.default_rng(seed)
         starts = np.arange(count) * len(windows) // count
@@ -91,7 +91,7 @@ def plan(
     return windows
 
 
-def _pieces(window: Window, stride: int, config: Config) -> Iterator[Window]:
+def pieces(window: Window, stride: int, config: Config) -> Iterator[Window]:
     """A window as windows of at most `stride` patches of targets, whose predictions are the same.
 
     Only a clip's first window has more.

@@ -1,0 +1,263 @@
+"""The baselines in the commands: training, resuming, evaluation, generation, the report."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import soundfile as sf
+from conftest import random_codes
+from flax import nnx
+from jax.sharding import AxisType
+from small_run import make_config, make_data, make_run, tones
+from test_baseline_models import SAMPLERNN, WAVENET
+
+from patchwave_jax import agreement, evaluate, generate, measure, report, score, sliding, train
+from patchwave_jax.baseline import picked
+from patchwave_jax.config import Config, RunConfig, TrainConfig, from_config_dict, to_config_dict
+from patchwave_jax.data.index import open_split
+from patchwave_jax.errors import UserError
+from patchwave_jax.recurrent import RecurrentSampler
+from patchwave_jax.sampler import Knobs
+from patchwave_jax.step import make_model, make_step
+
+MODELS = {"wavenet": WAVENET, "samplernn": SAMPLERNN}
+NAMES = list(MODELS)
+STEPS = 12
+
+
+def small(name: str, data_dir="", **changes) -> Config:
+    train_config = TrainConfig(
+        batch_size=8, micro_batch_size=1, num_steps=STEPS, learning_rate=3e-3
+    )
+    config = make_config(data_dir)
+    return dataclasses.replace(
+        config,
+        context_samples=256,
+        model=MODELS[name],
+        data=dataclasses.replace(config.data, distinct_positions=0),
+        train=train_config,
+        run=RunConfig(
+            eval_every_steps=STEPS, save_every_steps=5, eval_targets=2_000, sample_every_steps=0
+        ),
+        **changes,
+    )
+
+
+def mesh(devices=1):
+    return jax.make_mesh(
+        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def run(request, data_dir, tmp_path_factory):
+    """A configuration and the directory where it was trained."""
+    config = small(request.param, data_dir)
+    workdir = tmp_path_factory.mktemp(request.param)
+    assert train.train(config, workdir)
+    return config, workdir
+
+
+def test_training_lowers_the_loss(run):
+    _, workdir = run
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["kind"] == "validation"
+    assert rows[-1]["nll_bits"] < 7.9
+
+
+def test_interrupted_it_ends_with_the_same_bits(run, tmp_path, monkeypatch):
+    """It stops in the middle of a stretch, where SampleRNN carries its state along."""
+    config, straight = run
+    stops = iter([False] * 4)
+
+    class Stops:
+        def __enter__(self):
+            return lambda: next(stops, True)
+
+        def __exit__(self, *_):
+            pass
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "stop_requested", Stops)
+        assert not train.train(config, tmp_path)
+    assert train.train(config, tmp_path)
+    for a, b in zip(*(map(jax.tree.leaves, params_of(straight, tmp_path, config))), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def params_of(*arguments):
+    *workdirs, config = arguments
+    for workdir in workdirs:
+        yield sliding.load(workdir, config.train.num_steps)[1]
+
+
+def test_samplernn_updates_once_a_segment_with_what_it_carries():
+    """Two steps on eight devices in micro-batches, against the plain loss of the whole row."""
+    config = dataclasses.replace(small("samplernn"), context_samples=64)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, batch_size=16, learning_rate=1e-9)
+    )
+    made = make_step(config, mesh(8))
+    state, codes = made.init(), random_codes(16, 64)
+    model = nnx.merge(made.graphdef, jax.device_get(state["params"]))
+    whole = -np.asarray(picked(model.network.logits(codes), codes))
+    for _ in range(2):  # and the next row begins anew
+        for first in (0, 32):
+            state, metrics = made.update(state, codes[:, first : first + 32])
+            expected = whole[:, first : first + 32].mean()
+            np.testing.assert_allclose(metrics["nll_nats"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_every_target_has_the_context_it_is_said_to_have(name, stride):
+    """Against the network run on that context alone."""
+    config = small(name)
+    codes = random_codes(700)
+    params = nnx.state(make_model(config, nnx.Rngs(0)))
+    evaluator = sliding.Evaluator(config, mesh())
+    network = nnx.merge(
+        nnx.graphdef(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0)))), params
+    )
+    logits = jax.jit(network.network.logits)
+    windows = sliding.plan([700], config, stride)
+    counted = 0
+    for window, log_probs, contexts in evaluator.score(params, lambda _: codes, windows):
+        counted += log_probs.size
+        for i in (0, 33, log_probs.size - 1):
+            target = window.first + i
+            alone = np.full((1, 256), 128, np.uint8)
+            seen = codes[target - contexts[i] : target + 1]
+            alone[0, : seen.size] = seen
+            if name == "wavenet" and contexts[i] == WAVENET.receptive_field:
+                assert target >= WAVENET.receptive_field
+            expected = picked(logits(alone), alone)[0, contexts[i]]
+            np.testing.assert_allclose(log_probs[i], expected, atol=1e-4)
+    assert counted == 700
+
+
+def test_evaluation_and_scoring_agree(run, data_dir, tmp_path, capsys):
+    config, workdir = run
+    evaluate.main([f"--workdir={workdir}", "--split=test", f"--json={tmp_path}/x.json"])
+    found = json.loads((tmp_path / "x.json").read_text())
+    limit = WAVENET.receptive_field if config.model == WAVENET else 255
+    assert found["context_max"] == limit
+    split = open_split(data_dir, "audio_folder", "test")
+    files = []
+    for i, recording in enumerate(split.recordings):
+        files.append(tmp_path / f"{i}.wav")
+        sf.write(files[-1], split.read(i, 0, recording.num_samples), 16_000)
+    score.main([f"--workdir={workdir}", *map(str, files)])
+    assert f"{found['nll_bits']:.4f} bits" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_all_models_are_measured_on_the_same_targets(data_dir):
+    split = open_split(data_dir, "audio_folder", "test")
+    for name in NAMES:
+        config = small(name)
+        targets = measure.choose_targets(config, split, clip_samples=300, drop_last=True)
+        spans = {(w.clip, t) for w in targets.windows for t in range(w.first, w.end)}
+        assert len(spans) == 300 * len(targets.clips)
+
+
+def test_generation_agrees_with_evaluation(run, capsys, monkeypatch):
+    """`generate --check`, across a slide of the window."""
+    _, workdir = run
+    monkeypatch.setattr(agreement, "CHECK_SAMPLES", 300)
+    with pytest.raises(SystemExit) as ended:
+        generate.main([f"--workdir={workdir}", "--check"])
+    words = capsys.readouterr().out
+    assert ended.value.code == 0, words
+    assert "across 0 slides" not in words
+
+
+def test_a_sampler_with_a_wrong_step_is_caught(run, monkeypatch):
+    _, workdir = run
+    evaluator, params, _ = sliding.load(workdir)
+    monkeypatch.setattr(agreement, "CHECK_SAMPLES", 300)
+    step = RecurrentSampler._run
+
+    def wrong(self, params, prepared, state, streams, previous, *rest):
+        return step(self, params, prepared, state, streams, previous ^ 1, *rest)
+
+    monkeypatch.setattr(RecurrentSampler, "_run", wrong)
+    assert not agreement.check(evaluator, params, random_codes(500)).passed
+
+
+def test_prompts_and_resuming(run, tmp_path):
+    """A clip that was stopped goes on with the same bits."""
+    _, workdir = run
+    prompt = tmp_path / "prompt.wav"
+    sf.write(prompt, tones(2_100, 0), 16_000)
+    common = [f"--workdir={workdir}", f"--prompt={prompt}", "--num=2"]
+    generate.main([*common, "--seconds=0.05", f"--out={tmp_path}/whole"])
+    generate.main([*common, "--seconds=0.02", f"--out={tmp_path}/parts"])
+    generate.main([f"--out={tmp_path}/parts", "--resume", "--seconds=0.05"])
+    for clip in ("000", "001"):
+        whole, parts = (
+            sf.read(tmp_path / f / f"{clip}.wav", dtype="int16")[0] for f in ("whole", "parts")
+        )
+        assert whole.size == 2_100 + 800
+        np.testing.assert_array_equal(whole, parts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_streams_are_the_same_on_eight_devices(name):
+    config = small(name)
+    params = nnx.state(make_model(config, nnx.Rngs(0)))
+    clips = []
+    for devices in (1, 8):
+        streams = RecurrentSampler(config, params, mesh(devices), num=11, knobs=Knobs(seed=3))
+        streams.prime(random_codes(11, 260), 260)
+        clips.append(streams.run(100)[1])
+    np.testing.assert_allclose(*clips, atol=1e-4)
+
+
+def test_a_report_is_written(run):
+    _, workdir = run
+    report.main([f"--workdir={workdir}", "--max_targets=2000"])
+    assert "bits per sample" in (workdir / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "field"),
+    [
+        ("wavenet", {"context_samples": 28}, "context_samples"),
+        ("samplernn", {"context_samples": 96}, "context_samples"),
+        ("samplernn", {"model.segment_samples": 40}, "model.segment_samples"),
+        ("samplernn", {"model.frame_sizes": (4, 3, 2)}, "model.segment_samples"),
+        ("samplernn", {"model.kind": "wavenets"}, "model.kind"),
+        ("wavenet", {"objective": "last"}, "objective"),
+        ("wavenet", {"train.hop": 2}, "train.hop"),
+        ("wavenet", {"model.cycles": 0}, "model.cycles"),
+        ("wavenet", {"model.compute_dtype": "float64"}, "model.compute_dtype"),
+    ],
+)
+def test_bad_configurations_are_refused_by_name(name, change, field):
+    tree = to_config_dict(small(name))
+    assert from_config_dict(tree) == small(name)
+    tree.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=f"config.{field}"):
+        from_config_dict(tree)
+
+
+def test_another_model_in_the_same_directory_is_refused(run, tmp_path):
+    config, workdir = run
+    other = small(next(name for name in NAMES if MODELS[name] != config.model))
+    other = dataclasses.replace(other, data=config.data)
+    with pytest.raises(UserError, match=r"config.model.kind is .*checkpoint was trained with"):
+        train.train(other, workdir)
+
+
+def test_a_record_from_before_baselines_is_the_patch_model(tmp_path):
+    config = make_config(tmp_path)
+    workdir = make_run(tmp_path, config)
+    assert "kind" not in dataclasses.asdict(config.model)
+    assert sliding.load(workdir)[0].config == config
