@@ -41,13 +41,14 @@ from patchwave_jax.errors import UserError, exits_cleanly
 from patchwave_jax.recurrent import make_sampler
 from patchwave_jax.sampler import CHUNK_SAMPLES, Sampler
 from patchwave_jax.samplernn import SampleRNNConfig
+from patchwave_jax.sashimi import SaShiMiConfig
 from patchwave_jax.step import Step, count_parameters, keep_compilations, make_mesh, make_step
 from patchwave_jax.wavenet import WaveNetConfig
 
 SPAN_SAMPLES = 2_000  # whole patches of all systems, so that windows share their ends
 TRIAL_SECONDS = 20.0
 GENERATION_SECONDS = 10.0
-SYSTEMS = ("paper-last", "ours", "wavenet", "samplernn")
+SYSTEMS = ("paper-last", "ours", "wavenet", "samplernn", "sashimi")
 
 
 def configuration(name: str, full: bool) -> Config:
@@ -58,6 +59,9 @@ def configuration(name: str, full: bool) -> Config:
         return recipes.dense(128_000) if full else recipes.small(DataConfig(), 500, 10)
     if name == "wavenet":
         config = recipes.baseline(WaveNetConfig(), learning_rate=1e-3)
+        return sized(config, full, context_samples=16_384, batch_size=2)
+    if name == "sashimi":
+        config = recipes.baseline(SaShiMiConfig(num_layers=6), learning_rate=4e-3)
         return sized(config, full, context_samples=16_384, batch_size=2)
     config = recipes.baseline(
         SampleRNNConfig(), learning_rate=1e-3, batch_size=128, micro_batch_size=0, clip_norm=1.0

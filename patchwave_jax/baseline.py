@@ -16,10 +16,16 @@ from jax import lax
 from jaxtyping import Array, Float32, UInt8
 
 from patchwave_jax.config import Config
+from patchwave_jax.layers import Key
 from patchwave_jax.samplernn import Carry, SampleRNN, SampleRNNConfig
+from patchwave_jax.sashimi import SaShiMi, SaShiMiConfig
 from patchwave_jax.wavenet import WaveNet, WaveNetConfig
 
-NETWORKS: dict[type, Any] = {WaveNetConfig: WaveNet, SampleRNNConfig: SampleRNN}
+NETWORKS: dict[type, Any] = {
+    WaveNetConfig: WaveNet,
+    SampleRNNConfig: SampleRNN,
+    SaShiMiConfig: SaShiMi,
+}
 
 
 def picked(logits: Float32[Array, "B n 256"], codes: UInt8[Array, "B n"]) -> Float32[Array, "B n"]:
@@ -40,14 +46,16 @@ class Baseline(nnx.Module):
         return self.network.start(batch) if isinstance(self.network, SampleRNN) else ()
 
     def nats(
-        self, codes: UInt8[Array, "B T"], carry: Any, first: Array
+        self, codes: UInt8[Array, "B T"], carry: Any, first: Array, key: Key
     ) -> tuple[Float32[Array, ""], Any]:
         """The loss: mean NLL, in nats, of a segment; and what is carried into the next one.
 
-        `first` says that clips begin here; then `carry` is not looked at.
+        `first` says that clips begin here; then `carry` is not looked at. `key` is for dropout.
         """
         network = self.network
-        if not isinstance(network, SampleRNN):
+        if isinstance(network, SaShiMi):
+            return -picked(network.logits(codes, key), codes).mean(), carry
+        if isinstance(network, WaveNet):
             return -picked(network.logits(codes), codes).mean(), carry
         carry = jax.tree.map(
             lambda new, old: jnp.where(first, new, lax.stop_gradient(old)),
@@ -85,7 +93,7 @@ class Baseline(nnx.Module):
             before = segment.shape[1] - count
             history = segment[:, before - network.config.receptive_field : before]
             return of(network.logits(segment[:, before:], history), segment[:, before:])
-        if not isinstance(network, SampleRNN):
+        if isinstance(network, SaShiMi):
             return of(network.logits(codes), codes)[:, -count:]
         prepared, size = network.prepare(), network.config.segment_samples
 

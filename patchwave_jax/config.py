@@ -16,6 +16,7 @@ import ml_collections
 from patchwave_jax import quantisers
 from patchwave_jax.errors import UserError
 from patchwave_jax.samplernn import SampleRNNConfig
+from patchwave_jax.sashimi import SaShiMiConfig
 from patchwave_jax.wavenet import WaveNetConfig
 
 OBJECTIVES = ("last", "dense")
@@ -68,8 +69,12 @@ class ModelConfig:
         return field + (self.final_frames - 1) * step
 
 
-Baseline = WaveNetConfig | SampleRNNConfig
-MODELS: dict[str, type] = {"wavenet": WaveNetConfig, "samplernn": SampleRNNConfig}  # by `kind`
+Baseline = WaveNetConfig | SampleRNNConfig | SaShiMiConfig
+MODELS: dict[str, type] = {  # by `kind`; the patch model has none
+    "wavenet": WaveNetConfig,
+    "samplernn": SampleRNNConfig,
+    "sashimi": SaShiMiConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from patchwave_jax.layers import Key, split
 
 # For the backward pass besides each layer's input; all else is computed again.
 KEPT = jax.checkpoint_policies.save_only_these_names("kernel")
+S4_LEARNING_RATE = 1e-3  # as published, beside 0.004 for all others
 S4_PARAMETERS = ("log_dt", "log_decay", "frequency", "P", "B")
 
 
@@ -36,6 +37,7 @@ S4_PARAMETERS = ("log_dt", "log_decay", "frequency", "P", "B")
 class SaShiMiConfig:
     """The network: everything that shapes its parameters, and its dropout."""
 
+    kind: str = "sashimi"
     width: int = 64  # of the highest level
     num_layers: int = 8  # S4 blocks of each level, as many feed-forward blocks between them
     pools: tuple[int, ...] = (4, 4)  # how many samples of each level are one of the next
@@ -46,17 +48,18 @@ class SaShiMiConfig:
     dropout: float = 0.0  # of what each block adds
     compute_dtype: str = "float32"  # or 'bfloat16': linear layers only
 
-    def check(self) -> None:
-        """Raises `UserError` naming a field that is out of range."""
-        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name, value in sizes.items():
-            for item in value if isinstance(value, tuple) else (value,):
-                if isinstance(item, int) and not isinstance(item, bool) and item < 1:
-                    raise UserError(f"SaShiMiConfig.{name} must be at least 1, got {item}")
-        if self.state_size % 2:
-            raise UserError(f"SaShiMiConfig.state_size must be even, got {self.state_size}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"SaShiMiConfig.dropout must be in [0, 1), got {self.dropout}")
+    def check(self, context_samples: int) -> None:
+        """Raises `UserError` naming what is out of range, for windows of `context_samples`."""
+        total = math.prod(self.pools)
+        for name, ok, what in (
+            ("num_layers", self.num_layers >= 1, "must be at least 1"),
+            ("state_size", self.state_size % 2 == 0, "must be even"),
+            ("dropout", self.dropout < 1, "must be below 1"),
+            ("pools", context_samples % (2 * total) == 0,
+             f"must divide half of config.context_samples {context_samples}"),
+        ):  # fmt: skip
+            if not ok:
+                raise UserError(f"config.model.{name} {what}, got {getattr(self, name)}")
 
 
 class Prepared(NamedTuple):
@@ -80,7 +83,6 @@ class SaShiMi(nnx.Module):
     """The whole model, over embedded codes."""
 
     def __init__(self, config: SaShiMiConfig, *, rngs: nnx.Rngs):
-        config.check()
         self.config = config
         normal = nnx.initializers.normal(1.0)
         self.embedding = nnx.Embed(
@@ -100,7 +102,7 @@ class SaShiMi(nnx.Module):
         if codes.shape[1] % total:
             raise ValueError(
                 f"{codes.shape[1]} samples are not a multiple of {total}, the product of "
-                f"SaShiMiConfig.pools {self.config.pools}"
+                f"config.model.pools {self.config.pools}"
             )
         before = jnp.pad(codes[:, :-1], ((0, 0), (1, 0)), constant_values=quantisers.SILENCE)
         return self._read(self.level(self._embed(before), key))
@@ -261,7 +263,7 @@ class Block(nnx.Module):
 
 
 def s4_parameters(params: Any) -> Any:
-    """True for the parameters with a learning rate of their own, 0.001, and no weight decay.
+    """True for the parameters with a learning rate of their own and no weight decay.
 
     As published: dt, A (Lambda and P) and B of every S4 layer; C and D are like all others.
     """

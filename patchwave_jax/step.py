@@ -22,6 +22,7 @@ from patchwave_jax.baseline import Baseline
 from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError
 from patchwave_jax.model import PatchWave
+from patchwave_jax.sashimi import S4_LEARNING_RATE, SaShiMiConfig, s4_parameters
 
 State = dict[str, Any]  # params, opt_state, step; carry, of a baseline that has one
 CPU_CHUNK_BYTES = 100e6
@@ -80,16 +81,27 @@ def make_schedule(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam, with decoupled weight decay of matrices and clipping where the recipe has them."""
-    train = config.train
+    """Adam, with decoupled weight decay of matrices and clipping where the recipe has them.
+
+    S4's own parameters have their own learning rate, in step with all others', and no decay.
+    """
+    train, own = config.train, []
+
+    def decayed(params: Any) -> Any:
+        return jax.tree.map(lambda x, s4: x.ndim > 1 and not s4, params, s4_parameters(params))
+
+    if isinstance(config.model, SaShiMiConfig):
+        slower = optax.scale(S4_LEARNING_RATE / train.learning_rate)
+        own = [optax.masked(slower, s4_parameters)]
     return optax.chain(
         optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity(),
         optax.adamw(
             make_schedule(config),
             b2=train.beta2,
             weight_decay=train.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            mask=decayed,
         ),
+        *own,
     )
 
 
@@ -139,7 +151,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     ) -> tuple[Float32[Array, ""], Any]:
         model = nnx.merge(graphdef, params)
         if isinstance(model, Baseline):
-            return model.nats(codes, carry, step % config.segments == 0)
+            return model.nats(codes, carry, step % config.segments == 0, key)
         if config.objective == "last":
             return -model.next_sample_log_prob(codes, key).mean(), carry
         nats = model.dense_nats(

@@ -40,6 +40,7 @@ from patchwave_jax.errors import UserError, exits_cleanly, names_file
 from patchwave_jax.lock import Lock
 from patchwave_jax.log import Log
 from patchwave_jax.samplernn import SampleRNNConfig
+from patchwave_jax.sashimi import SaShiMiConfig
 from patchwave_jax.step import (
     LN2,
     State,
@@ -57,6 +58,7 @@ PAPER_PARAMETERS: dict[type, str] = {
     ModelConfig: "3.14M",
     WaveNetConfig: "4.24M",
     SampleRNNConfig: "35.03M",
+    SaShiMiConfig: "4.05M with 8 layers, 3.13M with 6",
 }
 _CONFIGS = (
     "configs/demo.py, laptop.py, ctx128k.py, ctx512k.py, ctx1m.py (or ctx128k.py:dense ...), "
