@@ -102,6 +102,8 @@ Spans = dict[int, tuple[int, int]]  # of a clip, the first sample and the end of
 def draw_spans(split: Split, clip_samples: int, count: int) -> Spans:
     """Stretches of `count` clips that are spread evenly over the split; the same for everyone."""
     chosen = list(measure.clips(split, clip_samples, drop_last=True, per_file=True))
+    if not chosen:
+        raise UserError(f"--clip_samples={clip_samples} is longer than every file of {split.name}")
     picks = np.unique(np.linspace(0, len(chosen) - 1, count).round().astype(int)).tolist()
     places = np.random.default_rng(0).integers(clip_samples // SPAN_SAMPLES, size=len(chosen))
     return {
@@ -196,10 +198,11 @@ def run_system(name: str, args: argparse.Namespace) -> dict[str, Any]:
     windows = train.make_windows(config, splits["train"])
     budget = args.budget_minutes * 60
     config = timed_schedule(config, round(budget / trial(config, windows)))
+    peak = peak_bytes()  # of training: nothing was measured yet
     made, evaluator = make_step(config, make_mesh()), sliding.Evaluator(config, make_mesh())
     spans = draw_spans(splits["validation"], args.clip_samples, args.validation_spans)
     curve: list[dict[str, float]] = []
-    trained, peak, done = 0.0, 0, 0
+    trained, done = 0.0, 0
 
     def validate(params: Any) -> float:
         found = measure_spans(evaluator, params, splits["validation"], args.clip_samples, spans)
@@ -220,9 +223,7 @@ def run_system(name: str, args: argparse.Namespace) -> dict[str, Any]:
             state, seconds = advance(made, state, source)
             trained, done = trained + seconds, done + 1
             if trained < budget and trained >= len(curve) * budget / args.validations:
-                peak = peak or peak_bytes()
                 validate(state["params"])
-        peak = peak or peak_bytes()
         nats = validate(state["params"])
         checkpoints.save(
             done,
