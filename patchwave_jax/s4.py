@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Complex, Float
 
 MIN_STEP, MAX_STEP = 1e-3, 1e-1  # dt at the start, log-uniform
-CHUNK_TERMS = 2**20  # terms of the Cauchy sums that are in memory at once
+CHUNK_TERMS = 2**18  # terms of the Cauchy sums that are in memory at once
 
 
 class Recurrence(NamedTuple):
@@ -118,7 +118,7 @@ class S4(nnx.Module):
         real, imag = jnp.split(last[:, 0], 2, -1)
         return C - lax.complex(real, -imag)
 
-    def kernel_of(self, C: Complex[Array, "D n"], length: int) -> Float[Array, "D L"]:
+    def kernel_of(self, truncated: Complex[Array, "D n"], length: int) -> Float[Array, "D L"]:
         """The kernel of `length` samples from C~: its generating function, transformed back.
 
         The generating function K^(w) = sum_l K[l] w^l at w = e^{-2i h}, h = pi k / L, is the
@@ -138,8 +138,7 @@ class S4(nnx.Module):
             v / (is - lc) + v* / (is - l*c) = 2 (i s Re v - c Re(v l*)) / ((is - lc)(is - l*c)).
         """
         Lambda, P, B = self.Lambda, _complex(self.P[...]), _complex(self.B[...])
-        dt, decay = self.dt, Lambda.real
-        shape = C.shape
+        dt, C, shape = self.dt, truncated, truncated.shape
         v = jnp.stack([C * B, C * P, *(jnp.broadcast_to(P.conj() * x, shape) for x in (B, P))], -1)
         v = jnp.concatenate([v.real, (v * Lambda.conj()[:, None]).real], -1)
         count = length // 2 + 1
@@ -150,14 +149,11 @@ class S4(nnx.Module):
             h = (index * size + jnp.arange(size)).astype(dt.dtype) * (math.pi / length)
             c, s = jnp.cos(h), 2 * jnp.sin(h) / dt[:, None]
             cosine, sine = c[:, None], s[:, :, None]
-            # (is - lc)(is - l*c), with c^2 |l|^2 - s^2 as a product: exact near the resonance.
-            b = cosine * Lambda.imag
-            real, imag = (cosine * decay) ** 2 + (b - sine) * (b + sine), -2 * sine * cosine * decay
-            scale = 1 / (real**2 + imag**2)
-            sums = lax.complex(
-                jnp.matmul(real * scale, v, precision="highest"),
-                jnp.matmul(-imag * scale, v, precision="highest"),
+            real, imag = (
+                jnp.matmul(part, v, precision="highest")
+                for part in pair_inverse(cosine, sine, Lambda.real, Lambda.imag)
             )
+            sums = lax.complex(real, imag)
             r = 2 * (1j * sine * sums[..., :4] - cosine * sums[..., 4:])
             rank_one = c * r[..., 1] * r[..., 2] / (1 + c * r[..., 3])
             return jnp.exp(1j * h) * (r[..., 0] - rank_one)
@@ -194,6 +190,27 @@ def step(
     x = R * x
     x = x - R * P * woodbury * _inner(P.conj(), x)
     return x, _inner(C, x)[..., 0] + D * u
+
+
+@jax.custom_jvp
+def pair_inverse(c: Array, s: Array, a: Array, b: Array) -> tuple[Array, Array]:
+    """Real and imaginary part of 1 / ((is - lc)(is - l*c)) with l = a + ib, in real arithmetic.
+
+    c^2 |l|^2 - s^2 is computed as a product, exact near the resonance. Its derivative is written
+    down because most of a training step on a CPU is this, and what autodiff makes of it slower.
+    """
+    real, imag = (c * a) ** 2 + (c * b - s) * (c * b + s), -2 * s * c * a
+    scale = 1 / (real**2 + imag**2)
+    return real * scale, -imag * scale
+
+
+@pair_inverse.defjvp
+def _pair_inverse_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]):
+    (c, s, a, b), (_, ds, da, db) = primals, tangents  # c depends on no parameter
+    x, y = pair_inverse(*primals)
+    real, imag = 2 * c * c * (a * da + b * db) - 2 * (s * ds), -2 * c * (s * da + a * ds)
+    u, v = x * x - y * y, 2 * x * y  # d(1/z) = -(1/z)^2 dz
+    return (x, y), (v * imag - u * real, -(u * imag + v * real))
 
 
 def causal_convolution(

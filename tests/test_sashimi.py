@@ -39,6 +39,15 @@ def in_float64(module):
     return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(np.asarray(x, float)), params))
 
 
+@partial(jax.jit, static_argnums=0)
+def _logits(graphdef, params, codes, key):
+    return nnx.merge(graphdef, params).logits(codes, key)
+
+
+def logits_of(model: SaShiMi, codes, key=None):
+    return _logits(*nnx.split(model), codes, key)
+
+
 # The parity cases' names.
 
 
@@ -134,7 +143,7 @@ def assert_gradients_close(found: dict, expected: dict) -> None:
 
 
 def test_legs_in_diagonal_form():
-    """With a unitary V, c (z - A)^-1 b is the same before and after; A's eigenvalues are -1, -2..."""
+    """P* (z - A)^-1 B is p (z - A)^-1 b of the dense LegS, and A's eigenvalues -1, -2, ..."""
     size, z = 10, 0.3 + 2.0j
     k = np.arange(size)
     root = np.sqrt(2 * k + 1)
@@ -165,11 +174,16 @@ def test_kernel_and_recurrence_are_the_dense_model(length, terms, monkeypatch):
             x = dA @ x
 
     with jax.enable_x64(True):
-        layer = in_float64(layer)
-        np.testing.assert_allclose(layer.kernel(length), expected, atol=1e-6 * abs(expected).max())
         u = np.random.default_rng(0).normal(size=(2, length, 6))
-        step, empty = partial(s4.step, layer.recurrence()), jnp.zeros((2, 6, 8), complex)
-        _, stepped = lax.scan(step, empty, jnp.moveaxis(jnp.asarray(u), 1, 0))
+
+        @nnx.jit
+        def run(layer, u):
+            step, empty = partial(s4.step, layer.recurrence()), jnp.zeros((2, 6, 8), complex)
+            _, stepped = lax.scan(step, empty, jnp.moveaxis(u, 1, 0))
+            return layer.kernel(length), layer(u), jnp.moveaxis(stepped, 0, 1)
+
+        kernel, convolved, stepped = run(in_float64(layer), jnp.asarray(u))
+        np.testing.assert_allclose(kernel, expected, atol=1e-6 * abs(expected).max())
         direct = D.real * u + np.stack(
             [
                 np.stack([np.convolve(u[b, :, c], expected[c])[:length] for c in range(6)], -1)
@@ -177,8 +191,8 @@ def test_kernel_and_recurrence_are_the_dense_model(length, terms, monkeypatch):
             ]
         )
         scale = abs(direct).max()
-        np.testing.assert_allclose(jnp.moveaxis(stepped, 0, 1), direct, atol=1e-6 * scale)
-        np.testing.assert_allclose(layer(jnp.asarray(u)), direct, atol=1e-6 * scale)
+        np.testing.assert_allclose(stepped, direct, atol=1e-6 * scale)
+        np.testing.assert_allclose(convolved, direct, atol=1e-6 * scale)
 
 
 def test_kernel_in_float32():
@@ -203,24 +217,28 @@ def test_s4_layer_matches_the_public_code():
     u, length = jnp.swapaxes(case["u"], 1, 2), case["u"].shape[-1]
     layer = with_params(S4(6, 16, rngs=nnx.Rngs(0)), s4_of(raw, "layer"))
     output = linear_of(raw, "output_linear.0")
-    np.testing.assert_allclose(layer.kernel(length), case["kernel"][0], atol=1e-6)
     truncated = case["w/layer.kernel.C"][0] @ np.array([1, 1j], np.complex64)
-    np.testing.assert_allclose(layer.truncated(length), truncated, atol=5e-5)
-    np.testing.assert_allclose(layer.kernel_of(truncated, length), case["kernel"][0], atol=1e-6)
 
     def finish(y):
         return jax.nn.gelu(y, approximate=False) @ output["kernel"] + output["bias"]
 
-    expected = jnp.swapaxes(case["y"], 1, 2)
-    np.testing.assert_allclose(finish(layer(u)), expected, atol=1e-5)
-    step, empty = partial(s4.step, layer.recurrence()), jnp.zeros((2, 6, 8), jnp.complex64)
-    _, stepped = lax.scan(step, empty, jnp.swapaxes(u, 0, 1))
-    np.testing.assert_allclose(finish(jnp.swapaxes(stepped, 0, 1)), expected, atol=1e-5)
+    @nnx.jit
+    def run(layer):
+        step, empty = partial(s4.step, layer.recurrence()), jnp.zeros((2, 6, 8), jnp.complex64)
+        _, stepped = lax.scan(step, empty, jnp.swapaxes(u, 0, 1))
+        kernels = layer.kernel(length), layer.kernel_of(truncated, length)
+        gradient = nnx.grad(lambda layer: (finish(layer(u)) ** 2).mean())(layer)
+        y, y_step = finish(layer(u)), finish(jnp.swapaxes(stepped, 0, 1))
+        return kernels, layer.truncated(length), y, y_step, gradient
 
-    gradient = nnx.jit(nnx.grad(lambda layer: (finish(layer(u)) ** 2).mean()))
-    gradients = nnx.to_pure_dict(gradient(layer))
+    kernels, found, y, y_step, gradient = run(layer)
+    for kernel in kernels:
+        np.testing.assert_allclose(kernel, case["kernel"][0], atol=1e-6)
+    np.testing.assert_allclose(found, truncated, atol=5e-5)
+    np.testing.assert_allclose(y, jnp.swapaxes(case["y"], 1, 2), atol=1e-5)
+    np.testing.assert_allclose(y_step, jnp.swapaxes(case["y_step"], 1, 2), atol=1e-5)
     held = s4_of(entries("s4_layer.npz", "g/"), "layer")
-    assert_gradients_close(gradients, with_c_free(layer, held, length))
+    assert_gradients_close(nnx.to_pure_dict(gradient), with_c_free(layer, held, length))
 
 
 # SaShiMi.
@@ -250,11 +268,12 @@ def test_logits_and_gradients_match_the_public_code():
 
     @nnx.jit
     def nats(model):
-        log_probs = jax.nn.log_softmax(model.logits(codes))
-        return -jnp.take_along_axis(log_probs, codes[..., None].astype(int), -1).mean()
+        logits = model.logits(codes)
+        chosen = jnp.take_along_axis(logits, codes[..., None].astype(int), -1)[..., 0]
+        return (jax.nn.logsumexp(logits, -1) - chosen).mean(), logits
 
-    np.testing.assert_allclose(jax.jit(model.logits)(codes), case["logits"], atol=1e-4)
-    loss, gradients = nnx.value_and_grad(nats)(model)
+    (loss, logits), gradients = nnx.value_and_grad(nats, has_aux=True)(model)
+    np.testing.assert_allclose(logits, case["logits"], atol=1e-4)
     np.testing.assert_allclose(loss, case["loss_nats"], rtol=1e-6)
 
     expected = sashimi_of(entries("sashimi.npz", "g/"))
@@ -268,16 +287,16 @@ def test_logits_and_gradients_match_the_public_code():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"glu": True, "pools": ()}, {"compute_dtype": "bfloat16"}], ids=str
+    "changes", [{}, {"glu": True, "pools": (), "compute_dtype": "bfloat16"}], ids=str
 )
 def test_steps_equal_logits(changes):
     """In float32 to 1e-4 of logits of 3; in bfloat16 to what its rounding leaves."""
     config = dataclasses.replace(SMALL, **changes)
     model, codes = random_sashimi(config), random_codes(2, 320)
-    expected = jax.jit(model.logits)(codes)
+    expected = logits_of(model, codes)
 
-    @jax.jit
-    def stepped(codes):
+    @nnx.jit
+    def stepped(model, codes):
         prepared = model.prepare()
 
         def run(carry, index):
@@ -290,7 +309,7 @@ def test_steps_equal_logits(changes):
 
     assert expected.std() > 0.5
     tolerance = 0.1 if "compute_dtype" in changes else 1e-4
-    np.testing.assert_allclose(stepped(codes), expected, atol=tolerance)
+    np.testing.assert_allclose(stepped(model, codes), expected, atol=tolerance)
 
 
 def test_causal_by_gradient():
@@ -298,7 +317,8 @@ def test_causal_by_gradient():
     level = random_sashimi().level
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 48, 8)), jnp.float32)
     direction = jnp.asarray(np.random.default_rng(1).normal(size=8), jnp.float32)
-    slope = jax.jit(jax.jacrev(lambda x: (level(x) @ direction)[0]))(x)[:, 0]
+    jacobian = nnx.jit(lambda level, x: jax.jacrev(lambda x: (level(x) @ direction)[0])(x))
+    slope = jacobian(level, x)[:, 0]
     reach = jnp.abs(slope).max(-1)  # of output [i] from input [j]
     assert reach.shape == (48, 48)
     assert jnp.triu(reach, 1).max() < 1e-5 * reach.max()
@@ -306,23 +326,22 @@ def test_causal_by_gradient():
 
 
 def test_a_sample_is_not_in_its_own_context():
-    model, codes = random_sashimi(), random_codes(1, 48)
-    logits = jax.jit(model.logits)
-    for sample in (0, 7, 40):
+    model, codes = random_sashimi(), random_codes(2, 320)
+    for sample in (0, 7, 240):
         other = codes.copy()
         other[:, sample] ^= 255
-        change = jnp.abs(logits(other) - logits(codes)).max((0, 2))
+        change = jnp.abs(logits_of(model, other) - logits_of(model, codes)).max((0, 2))
         assert change[: sample + 1].max() < 1e-5
         assert change[sample + 1] > 1e-2
 
 
 def test_dropout_has_a_key():
-    model, codes = random_sashimi(dataclasses.replace(SMALL, dropout=0.3)), random_codes(1, 16)
-    logits = jax.jit(model.logits)
-    first, again, other = (logits(codes, jax.random.key(seed)) for seed in (0, 0, 1))
+    config = dataclasses.replace(SMALL, pools=(2,), num_layers=1, dropout=0.3)
+    model, codes = random_sashimi(config), random_codes(1, 16)
+    first, again, other = (logits_of(model, codes, jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert jnp.abs(first - other).max() > 0.1
-    assert jnp.abs(first - logits(codes)).max() > 0.1
+    assert jnp.abs(first - logits_of(model, codes)).max() > 0.1
 
 
 def test_s4_parameters_are_dt_a_and_b():
