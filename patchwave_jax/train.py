@@ -216,28 +216,23 @@ def restore_or_init(
     if resumed is None:
         state = step.init()
         if not config.is_baseline and config.patch_model.head == "logistic_mixture":
-            taps = config.patch_model.predictor_taps
-            state["params"] = start_from_linear_prediction(
-                config, step, state["params"], split, taps
-            )
+            state["params"] = start_from_linear_prediction(config, step, state["params"], split)
         return state, None, 0
     state, record = resumed
     print(f"resumed from step {checkpoints.latest}", flush=True)
     return state, record.best_nats, record.flat_evals
 
 
-def start_from_linear_prediction(
-    config: Config, step: Step, params: Any, split: Split, taps: int
-) -> Any:
+def start_from_linear_prediction(config: Config, step: Step, params: Any, split: Split) -> Any:
     """Parameters whose mixture starts from the train split's least-squares linear prediction."""
     quantiser = quantisers.get(config.data.quantiser)
     stretches = list(clips(split, 2**15, drop_last=False))
     chosen = stretches[:: max(1, len(stretches) // 64)]
     audio = split.excerpts((c.recording, c.start, c.length) for c in chosen)
     excerpts = [quantiser.encode(pcm) for pcm in audio]
-    fitted, scale = yardsticks.fit_linear(excerpts, quantiser, taps)
+    taps, scale = yardsticks.fit_linear(excerpts, quantiser, config.patch_model.predictor_taps)
     model = nnx.merge(step.graphdef, params)
-    model.head.start_from(fitted, scale)
+    model.head.start_from(taps, scale)
     shardings = jax.tree.map(lambda x: x.sharding, step.abstract_state["params"])
     return jax.device_put(nnx.state(model), shardings)
 

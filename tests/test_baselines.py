@@ -112,6 +112,16 @@ def test_interrupted_it_ends_with_the_same_bits(run, tmp_path, monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
+def test_steps_walk_through_their_rows(data_dir):
+    split, config = open_split(data_dir, "audio_folder", "train"), small("samplernn", data_dir)
+    parts = train.make_windows(config, split)
+    whole = train.make_windows(dataclasses.replace(config, model=WAVENET), split)[1]
+    walked = [parts[config.segments + i] for i in range(config.segments)]
+    np.testing.assert_array_equal(np.concatenate([p["codes"] for p in walked], 1), whole["codes"])
+    np.testing.assert_array_equal(walked[3]["start"], whole["start"] + 3 * 32)
+    assert parts.locate(config.segments + 3, 2) == (whole["recording"][2], whole["start"][2])
+
+
 def test_samplernn_updates_once_a_segment_with_what_it_carries():
     """Two steps on eight devices in micro-batches, against the plain loss of the whole row."""
     config = dataclasses.replace(small("samplernn"), context_samples=64)
