@@ -77,7 +77,7 @@ def cached(config: Config, params, num: int, seconds: float, slides: bool) -> di
             sampler.prime(codes, config.context_samples)
             sampler.run(1)
             slide = time.perf_counter() - start
-        samples = sampler.stride_patches * config.model.patch_samples
+        samples = sampler.stride_patches * config.patch_samples
         found["slide_seconds"] = round(slide, 2)
         seconds_each = num / statistics.median(rates[1:]) + slide / samples
         found["samples_per_second_with_slides"] = round(num / seconds_each)
@@ -86,7 +86,7 @@ def cached(config: Config, params, num: int, seconds: float, slides: bool) -> di
 
 def bare(config: Config, params, num: int) -> dict[str, object]:
     """Rate of `num` streams if a sample cost only its products, and how many these are."""
-    model = config.model
+    model = config.patch_model
     mesh = make_mesh(min(num, jax.device_count()))
     # Folded, the attention has matrices of the shapes of its queries' and its output's.
     kernels = [

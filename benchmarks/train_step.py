@@ -123,11 +123,11 @@ def parts(config: Config, runs: int) -> dict[str, Any]:
     """Encoder, Transformer and softmax head alone, forward and backward, on a part of a row."""
     model = make_model(config, nnx.Rngs(0))
     graphdef, params = nnx.split(model)
-    patches, width = config.patches, config.model.width
+    patches, width = config.patches, config.patch_model.width
     chunk = choose_chunks(config, 1, jax.devices()[0])[0]
     rng = np.random.default_rng(0)
     few, count = max(1, patches // 8), CHUNKS * chunk * patches
-    codes = rng.integers(0, 256, (1, (few + 1) * config.model.patch_samples), np.uint8)
+    codes = rng.integers(0, 256, (1, (few + 1) * config.patch_model.patch_samples), np.uint8)
     tokens = rng.normal(size=(1, patches, CHUNKS * chunk, width)).astype(np.float32)
     targets = rng.integers(0, 256, tokens.shape[:3], np.uint8)
 
@@ -155,7 +155,7 @@ def parts(config: Config, runs: int) -> dict[str, Any]:
 
     found = {}
     for name, gradient, args, targets_of in (
-        ("encoder", jax.grad(encoder), (params,), few * config.model.patch_samples),
+        ("encoder", jax.grad(encoder), (params,), few * config.patch_model.patch_samples),
         ("transformer", jax.grad(transformer, (0, 1)), (params, tokens), count),
         ("head", jax.grad(head, (0, 1)), (params, tokens), count),
     ):

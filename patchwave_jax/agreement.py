@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from patchwave_jax import sliding
-from patchwave_jax.sampler import Knobs, Sampler
+from patchwave_jax.recurrent import make_sampler
+from patchwave_jax.sampler import Knobs
 
 CHECK_SAMPLES = 2000  # generated before and after the window slides
 TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.3}  # between two orders of the same sums
@@ -50,7 +51,7 @@ def check(
     `prompt` fills the context up to where generation begins, over and over if it is short.
     """
     config = evaluator.config
-    sampler = Sampler(
+    sampler = make_sampler(
         config,
         params,
         evaluator.mesh,
@@ -58,7 +59,7 @@ def check(
         knobs=Knobs(seed=seed),
         stride_patches=stride_patches,
     )
-    context, size = config.context_samples, config.model.patch_samples
+    context, size = config.context_samples, config.patch_samples
     before_slide = max(0, context - CHECK_SAMPLES)
     differences, slides = [], 0
     for first, end in ((0, min(CHECK_SAMPLES, context)), (before_slide, context + CHECK_SAMPLES)):

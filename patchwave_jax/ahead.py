@@ -46,11 +46,11 @@ def compile_programs(step: Step) -> list[Program]:
     codes = jax.ShapeDtypeStruct(
         (rows, config.window_samples), jnp.uint8, sharding=by_rows(step.mesh)
     )
+    carry = state.get("carry", ())
+    arguments = total, state["params"], carry, codes, state["step"], 0
     return [
-        compile_one(
-            "accumulate", count, step.accumulate, total, state["params"], codes, state["step"], 0
-        ),
-        compile_one("apply", 1, step.apply, state, total),
+        compile_one("accumulate", count, step.accumulate, *arguments),
+        compile_one("apply", 1, step.apply, state, total, carry),
     ]
 
 

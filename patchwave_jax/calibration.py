@@ -46,7 +46,7 @@ class Calibration:
 
 def calibrate(evaluator: Evaluator, params: Any, targets: Targets) -> Calibration:
     """Calibration on a few windows spread over `targets`, at every so-many-th sample."""
-    config, size = evaluator.config, evaluator.config.model.patch_samples
+    config, size = evaluator.config, evaluator.config.patch_samples
     windows = sliding.plan([c.length for c in targets.clips], config, config.patches)
     windows = windows[:: -(-len(windows) // WINDOWS)]
     per_window = config.context_samples // TARGETS_PER_WINDOW

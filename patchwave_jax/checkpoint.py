@@ -294,7 +294,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _as_trees(state: dict[str, Any]) -> dict[str, Any]:
-    rest = {"opt_state": state["opt_state"], "step": state["step"]}
+    rest = {name: tree for name, tree in state.items() if name != "params"}
     return {"params": state["params"], "optimizer": rest}
 
 

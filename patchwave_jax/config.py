@@ -15,13 +15,16 @@ import ml_collections
 
 from patchwave_jax import quantisers
 from patchwave_jax.errors import UserError
+from patchwave_jax.samplernn import SampleRNNConfig
+from patchwave_jax.sashimi import SaShiMiConfig
+from patchwave_jax.wavenet import WaveNetConfig
 
 OBJECTIVES = ("last", "dense")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The network: everything that shapes its parameters, and its dropout."""
+    """The patch model: everything that shapes its parameters, and its dropout."""
 
     patch_samples: int = 2000  # P
     kernel_size: int = 7
@@ -64,6 +67,14 @@ class ModelConfig:
             field += (self.kernel_size - 1) * step
             step *= stride
         return field + (self.final_frames - 1) * step
+
+
+Baseline = WaveNetConfig | SampleRNNConfig | SaShiMiConfig
+MODELS: dict[str, type] = {  # by `kind`; the patch model has none
+    "wavenet": WaveNetConfig,
+    "samplernn": SampleRNNConfig,
+    "sashimi": SaShiMiConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,26 +133,52 @@ class Config:
     objective: str = "last"  # 'last': one target a window, bidirectional; 'dense': all, causal
     context_samples: int = 128_000  # T, a whole number of patches
     seed: int = 0
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    model: ModelConfig | Baseline = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
     @property
+    def is_baseline(self) -> bool:
+        return not isinstance(self.model, ModelConfig)
+
+    @property
+    def patch_model(self) -> ModelConfig:
+        """The model of a run that is no baseline's."""
+        if not isinstance(self.model, ModelConfig):
+            raise TypeError(f"{self.model.kind} has no patches")
+        return self.model
+
+    @property
+    def patch_samples(self) -> int:
+        """P, the step that windows are measured in: a baseline's have two."""
+        return self.context_samples // 2 if self.is_baseline else self.patch_model.patch_samples
+
+    @property
     def patches(self) -> int:
         """N, the tokens of one context."""
-        return self.context_samples // self.model.patch_samples
+        return self.context_samples // self.patch_samples
 
     @property
     def window_samples(self) -> int:
         """Samples of one row of a batch: the context and its target, or a segment."""
         if self.objective == "last":
             return self.context_samples + 1
-        return self.context_samples + self.model.patch_samples
+        return self.context_samples + (0 if self.is_baseline else self.patch_samples)
+
+    @property
+    def segments(self) -> int:
+        """Steps that walk through a row of a batch, from the carried state of one to the next."""
+        if isinstance(self.model, SampleRNNConfig):
+            return self.context_samples // self.model.segment_samples
+        return 1
 
     @property
     def targets_per_row(self) -> int:
-        return 1 if self.objective == "last" else self.context_samples // self.train.hop
+        """Of one step."""
+        if self.objective == "last":
+            return 1
+        return self.context_samples // self.segments // self.train.hop
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
@@ -172,6 +209,11 @@ def _build(kind: type, tree: Mapping[str, typing.Any], where: str):
 
 
 def _typed(hint: typing.Any, value: typing.Any, where: str):
+    if isinstance(hint, types.UnionType):
+        kind = value.get("kind")
+        if kind is not None and kind not in tuple(MODELS):
+            raise UserError(f"{where}.kind must be one of {', '.join(MODELS)}, got {kind!r}")
+        hint = ModelConfig if kind is None else MODELS[kind]
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
     if isinstance(hint, types.GenericAlias):
@@ -197,8 +239,6 @@ def _check(config: Config) -> None:
 
     model, data, train, run = config.model, config.data, config.train, config.run
     one_of("objective", config.objective, OBJECTIVES)
-    one_of("model.input", model.input, ("waveform", "embedding"))
-    one_of("model.head", model.head, ("softmax", "logistic_mixture"))
     one_of("model.compute_dtype", model.compute_dtype, ("float32", "bfloat16"))
     one_of("data.quantiser", data.quantiser, quantisers.NAMES)
     one_of("train.schedule", train.schedule, ("drop", "cosine"))
@@ -237,6 +277,30 @@ def _check(config: Config) -> None:
         require(value <= most, f"data.{name}", f"must be at most {most}, got {value}")
     require(0 <= config.seed < 2**31, "seed", f"must be in [0, 2**31), got {config.seed}")
 
+    if isinstance(model, ModelConfig):
+        _check_patch_model(config, model, require)
+    else:
+        one_of("objective", config.objective, ("dense",))
+        require(train.hop == 1, "train.hop", f"must be 1 for a baseline, got {train.hop}")
+        require(
+            config.context_samples > 0 and config.context_samples % 2 == 0,
+            "context_samples",
+            f"must be even and above 0 for a baseline, got {config.context_samples}",
+        )
+        model.check(config.context_samples)
+
+
+def _check_patch_model(
+    config: Config, model: ModelConfig, require: Callable[[bool, str, str], None]
+) -> None:
+    train, run = config.train, config.run
+    for name, value, names in (
+        ("input", model.input, ("waveform", "embedding")),
+        ("head", model.head, ("softmax", "logistic_mixture")),
+    ):
+        require(
+            value in names, f"model.{name}", f"must be one of {', '.join(names)}, got {value!r}"
+        )
     require(model.width % 2 == 0, "model.width", f"must be even, got {model.width}")
     require(
         0 < len(model.strides) == len(model.filters),
@@ -254,7 +318,7 @@ def _check(config: Config) -> None:
         f"{model.predictor_taps} is more than model.patch_samples, {model.patch_samples}",
     )
     size = model.patch_samples
-    _check_adaptive(config, require)
+    _check_adaptive(config, model, require)
     require(
         config.context_samples > 0 and config.context_samples % size == 0,
         "context_samples",
@@ -282,8 +346,9 @@ def _check(config: Config) -> None:
         )
 
 
-def _check_adaptive(config: Config, require: Callable[[bool, str, str], None]) -> None:
-    model = config.model
+def _check_adaptive(
+    config: Config, model: ModelConfig, require: Callable[[bool, str, str], None]
+) -> None:
     taps, windows, block = model.adaptive_taps, model.adaptive_windows, model.adaptive_block_samples
     require(
         len(taps) == len(windows),

@@ -9,7 +9,7 @@ def useful_flops(config: Config, part: str = "all") -> float:
     The attention's products are folded, of a causal model's scores half count, nothing is
     computed twice, and a step is three times its forward pass. Without the adaptive predictors.
     """
-    model, patches = config.model, config.patches
+    model, patches = config.patch_model, config.patches
     dense = config.objective == "dense"
     inputs = (model.embedding_width if model.input == "embedding" else 1, *model.filters)
     kernels = [model.kernel_size * a * b for a, b in zip(inputs, model.filters, strict=False)]

@@ -26,14 +26,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from patchwave_jax import distributed, quantisers, sliding
+from patchwave_jax import distributed, quantisers, recurrent, sliding
 from patchwave_jax.agreement import check
 from patchwave_jax.data import audio
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError, exits_cleanly
 from patchwave_jax.outputs import Outputs, write_wav
 from patchwave_jax.prompts import Settings, encode, open_data, read_prompts
-from patchwave_jax.sampler import Sampler
+from patchwave_jax.recurrent import Streams
 from patchwave_jax.step import keep_compilations
 from patchwave_jax.train import stop_requested
 
@@ -42,7 +42,7 @@ REPORT_SECONDS = 10.0  # between lines of progress
 
 def start(
     settings: Settings, out: Path, evaluator: sliding.Evaluator, params: Any, step: int
-) -> tuple[Sampler, Outputs]:
+) -> tuple[Streams, Outputs]:
     """A sampler and files at the end of the prompts."""
     config = evaluator.config
     prompts = read_prompts(settings, config)
@@ -74,8 +74,8 @@ def make_mesh(num: int) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=kinds, devices=devices)
 
 
-def make_sampler(settings: Settings, evaluator: sliding.Evaluator, params: Any) -> Sampler:
-    return Sampler(
+def make_sampler(settings: Settings, evaluator: sliding.Evaluator, params: Any) -> Streams:
+    return recurrent.make_sampler(
         evaluator.config,
         params,
         evaluator.mesh,
@@ -85,7 +85,7 @@ def make_sampler(settings: Settings, evaluator: sliding.Evaluator, params: Any) 
     )
 
 
-def take_up(sampler: Sampler, outputs: Outputs, stopping: Callable[[], bool]) -> None:
+def take_up(sampler: Streams, outputs: Outputs, stopping: Callable[[], bool]) -> None:
     """Brings a sampler where the files end, by the computations that made them."""
     end = outputs.made
     at = sampler.rewind(end, outputs.record["prompt_samples"])
@@ -98,7 +98,7 @@ def take_up(sampler: Sampler, outputs: Outputs, stopping: Callable[[], bool]) ->
             sampler.run(given=given[:, sampler.position - first :])
 
 
-def generate(sampler: Sampler, outputs: Outputs, total: int, stopping: Callable[[], bool]) -> None:
+def generate(sampler: Streams, outputs: Outputs, total: int, stopping: Callable[[], bool]) -> None:
     """Goes on to `total` samples a clip, or until it is to stop."""
     begin = reported = time.monotonic()
     first, compiled = sampler.position, False

@@ -54,7 +54,7 @@ class Incremental:
 
     def __init__(self, config: Config):
         self.causal, self.patches = config.objective == "dense", config.patches
-        self.config = config.model
+        self.config = config.patch_model
         self._graphdef, self.abstract_params = graphdef_and_params(config)
         strides, filters = self.config.strides, self.config.filters
         # Of the convolutions and, last, of the linear layer.

@@ -114,10 +114,10 @@ def choose_targets(
         raise UserError(
             "--drop_last needs --clip_samples, the length below which clips are left out"
         )
-    if clip_samples is not None and clip_samples < config.model.patch_samples:
+    if clip_samples is not None and not config.is_baseline and clip_samples < config.patch_samples:
         raise UserError(
             f"--clip_samples={clip_samples} is shorter than one patch of "
-            f"{config.model.patch_samples} samples"
+            f"{config.patch_samples} samples"
         )
     chosen = list(clips(split, clip_samples, drop_last, per_file=clip_samples is not None))
     if not chosen:
@@ -148,11 +148,11 @@ def measure_yardsticks(
     names: Sequence[str] = NAMES,
 ) -> Tally:
     """Adds the yardsticks' log-probabilities of the same targets."""
-    tally, size = tally or targets.tally(), targets.config.model.patch_samples
+    tally = tally or targets.tally()
     stretches = list(_stretches(targets.windows))
     for windows in _with_bar(stretches, len(stretches), "yardsticks"):
         clip, first, end = windows[0].clip, windows[0].first, windows[-1].end
-        contexts = np.concatenate([sliding.contexts(window, size) for window in windows])
+        contexts = np.concatenate([sliding.contexts(window, targets.config) for window in windows])
         log_probs = yardstick_log_probs(yardsticks, targets.codes(clip), first, end, names)
         for name, values in log_probs.items():
             tally.add(clip, first, contexts, values, name)
@@ -166,7 +166,7 @@ def measure_shortage(evaluator: Evaluator, params: Any, growing: Targets) -> Tal
     of their targets that has a whole context behind it, what -log p loses when the context grows
     to at least half of the whole. None if there is no such target.
     """
-    config, size = growing.config, growing.config.model.patch_samples
+    config, size = growing.config, growing.config.patch_samples
     stride = config.patches // 2
     short = [window for window in growing.windows if window.first > 0]
     if not short or stride == 0:
@@ -176,16 +176,16 @@ def measure_shortage(evaluator: Evaluator, params: Any, growing: Targets) -> Tal
         for w in short
         for first in range(w.first, w.end, stride * size)
     ]
-    known: dict[tuple[int, int], np.ndarray] = {}
+    known: dict[tuple[int, int], sliding.Scored] = {}
     for item in _with_bar(evaluator.score(params, growing.codes, short), len(short), "windows"):
-        known[item.window.clip, item.window.first] = item.log_probs
+        known[item.window.clip, item.window.first] = item
     tally, span = growing.tally(), config.context_samples
     for item in _with_bar(evaluator.score(params, growing.codes, long), len(long), "windows"):
         clip, first, end, *_ = item.window
         begin = first // span * span  # of the short window: they follow each other
-        log_probs = known[clip, begin][first - begin : end - begin]
-        contexts = (np.arange(first - begin, end - begin) // size + 1) * size
-        tally.add(clip, first, contexts, log_probs - item.log_probs)
+        _, log_probs, contexts = known[clip, begin]
+        piece = slice(first - begin, end - begin)
+        tally.add(clip, first, contexts[piece], log_probs[piece] - item.log_probs)
     return tally
 
 

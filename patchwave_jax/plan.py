@@ -51,7 +51,7 @@ class Plan:
     targets_per_step: int
     memory_bytes: dict[str, int]  # by kind
     has_bytes: float | None
-    useful_flops: float
+    useful_flops: float | None  # not counted for a baseline
     flops: float
     bytes: float
     collectives: list[dict[str, Any]]
@@ -82,6 +82,7 @@ def plan(config: Config, topology: str, name: str = "") -> Plan:
         for c in p.counts.collectives
     ]
     targets = config.train.batch_size * config.targets_per_row
+    rows_each = config.train.batch_size / len(devices)
     seconds = roofline(chip, programs, config.model.compute_dtype) if chip else None
     return Plan(
         config=name,
@@ -95,7 +96,7 @@ def plan(config: Config, topology: str, name: str = "") -> Plan:
         targets_per_step=targets,
         memory_bytes=memory,
         has_bytes=has,
-        useful_flops=useful_flops(config) * config.train.batch_size / len(devices),
+        useful_flops=None if config.is_baseline else useful_flops(config) * rows_each,
         flops=sum(p.times * p.counts.flops for p in programs),
         bytes=sum(p.times * p.counts.bytes for p in programs),
         collectives=collectives,
@@ -163,13 +164,14 @@ def table(found: Plan) -> str:
     has = f" of {gib(found.has_bytes)}" if found.has_bytes else ""
     count = found.batch_size // (found.rows_at_once * found.mesh["data"])
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
+    useful = f"useful {found.useful_flops:.4g}, " if found.useful_flops else ""
     lines = [
         f"{found.config} on {found.topology}: {found.devices} devices, mesh {mesh}",
         f"batch {found.batch_size}: {count} micro-batches of {found.rows_at_once} rows at once, "
         f"{found.phase_chunk} phases and {found.encode_chunk_patches} patches at a time",
         f"memory: {gib(sum(found.memory_bytes.values()))}{has} GiB",
         *(f"  {kind:14} {gib(size):>8}" for kind, size in found.memory_bytes.items()),
-        f"FLOPs: useful {found.useful_flops:.4g}, compiled {found.flops:.4g}",
+        f"FLOPs: {useful}compiled {found.flops:.4g}",
         f"bytes of memory moved: {found.bytes:.4g}",
     ]
     for c in found.collectives:

@@ -16,7 +16,8 @@ from patchwave_jax import quantisers
 from patchwave_jax.config import Config
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.outputs import write_wav
-from patchwave_jax.sampler import Knobs, Sampler
+from patchwave_jax.recurrent import make_sampler
+from patchwave_jax.sampler import Knobs
 from patchwave_jax.step import LN2
 
 CLIPS = 2
@@ -31,14 +32,16 @@ def make(
 ) -> Int16[np.ndarray, "B T"]:
     """Generates clips from nothing with the run's seed, and writes them; none if it is to stop."""
     total = max(1, round(config.run.sample_seconds * SAMPLE_RATE))
-    if config.objective == "dense":  # a causal model needs no room for what it does not reach
-        size = config.model.patch_samples
+    if config.objective == "dense" and not config.is_baseline:
+        # A causal model needs no room for what it does not reach.
+        size = config.patch_samples
         needed = min(config.context_samples, -(-total // size) * size)
         config = dataclasses.replace(config, context_samples=needed)
     # This host's devices only: others may be at their next step already.
     devices = jax.local_devices()[:CLIPS]
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    sampler = Sampler(config, jax.device_get(params), mesh, num=CLIPS, knobs=Knobs(config.seed))
+    params, knobs = jax.device_get(params), Knobs(config.seed)
+    sampler = make_sampler(config, params, mesh, num=CLIPS, knobs=knobs)
     sampler.prime(np.zeros((CLIPS, 0), np.uint8), 0)
     pieces = []
     while sampler.position < total and not stopping():

@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 
 from patchwave_jax.config import (
+    Baseline,
     Config,
     DataConfig,
     ModelConfig,
@@ -80,6 +81,22 @@ def dense(context_samples: int) -> Config:
         data=dataclasses.replace(Config().data, distinct_positions=0),
         train=train,
         run=RunConfig(eval_every_steps=500, save_every_steps=500),
+    )
+
+
+def baseline(model: Baseline, learning_rate: float, **train: Any) -> Config:
+    """A baseline's published setting: clips of 131,072, Adam, one window a step but for `train`."""
+    return Config(
+        objective="dense",
+        context_samples=131_072,
+        model=model,
+        data=DataConfig(distinct_positions=0),
+        train=TrainConfig(
+            learning_rate=learning_rate,
+            final_learning_rate=learning_rate / 5,
+            patience_evals=20,
+            **{"batch_size": 1, "micro_batch_size": 1, **train},
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from patchwave_jax.config import Config, from_config_dict
+from patchwave_jax.config import MODELS, Config, ModelConfig, from_config_dict
 from patchwave_jax.errors import UserError
 
 
@@ -51,7 +51,9 @@ def parse(stored: Any) -> Record | None:
 
 def _completed(stored: dict[str, Any]) -> dict[str, Any]:
     """A configuration from before some fields were there, which have their defaults."""
-    sections = dataclasses.asdict(Config())
+    kind = stored.get("model", {}).get("kind")
+    model = MODELS[kind]() if kind else ModelConfig()
+    sections = dataclasses.asdict(dataclasses.replace(Config(), model=model))
     return {
         name: {**default, **stored.get(name, {})}
         if isinstance(default, dict)
@@ -94,9 +96,9 @@ def check_continues(config: Config, manifest_hash: str, record: Record) -> None:
     stored = record.config
     pairs = [("objective", config.objective, stored.objective)]
     pairs += [("data.quantiser", config.data.quantiser, stored.data.quantiser)]
-    for field in dataclasses.fields(config.model):
-        name = field.name
-        pairs += [(f"model.{name}", getattr(config.model, name), getattr(stored.model, name))]
+    old, new = dataclasses.asdict(stored.model), dataclasses.asdict(config.model)
+    for name in {"kind": None} | new:
+        pairs += [(f"model.{name}", new.get(name), old.get(name))]
     pairs += [("data.dataset", config.data.dataset, stored.data.dataset)]
     for name, new, old in pairs:
         if new != old:

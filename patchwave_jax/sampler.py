@@ -121,7 +121,7 @@ class Sampler:
                 f"--stride_patches must be from 1 to the context's {config.patches}, got {stride}"
             )
         self.stride_patches, self.position = stride, 0
-        self.reach = config.context_samples + config.model.patch_samples  # what priming looks at
+        self.reach = config.context_samples + config.patch_samples  # what priming looks at
         self._rows = -(-num // mesh.size) * mesh.size
         self._streams = np.arange(self._rows, dtype=np.uint32)
         self._pieces: list[np.ndarray] = []  # the codes before `position`
@@ -162,7 +162,7 @@ class Sampler:
 
     @property
     def _slide_samples(self) -> int:
-        return self.stride_patches * self.config.model.patch_samples
+        return self.stride_patches * self.config.patch_samples
 
     def rewind(self, position: int, first: int) -> int:
         """Where a run that began at `first` is to be taken up so as to be at `position` again.
@@ -176,7 +176,7 @@ class Sampler:
         if self._model.causal:  # where the window slid
             return max(first, start + self.config.context_samples - self._slide_samples)
         # The window's encodings come again, after as many samples as the encoder remembers.
-        return max(first, start - 2 * self.config.model.patch_samples)
+        return max(first, start - 2 * self.config.patch_samples)
 
     def prime(self, tail: UInt8[np.ndarray, "B T"], position: int) -> None:
         """Puts the streams before their samples at `position`; `tail` are the codes before it.
@@ -190,7 +190,7 @@ class Sampler:
         self._prime()
 
     def _prime(self) -> None:
-        self._window, size = self.window_start(self.position), self.config.model.patch_samples
+        self._window, size = self.window_start(self.position), self.config.patch_samples
         past = self.position - self._window
         known = min(past + size, self.position)
         segment = np.full((self._rows, (-(-past // size) + 1) * size), quantisers.SILENCE, np.uint8)
@@ -243,7 +243,7 @@ class Sampler:
         elif start != self._window:
             self._window, self._state = start, self._slide(self._state)
         past = self.position - start
-        size, patches = self.config.model.patch_samples, self.config.patches
+        size, patches = self.config.patch_samples, self.config.patches
         shown = min(patches, (past // size // SHOWN_TOKENS + 1) * SHOWN_TOKENS)
         shown = shown if self._model.causal else patches
         count = min(count, CHUNK_SAMPLES, shown * size - past)

@@ -104,7 +104,7 @@ def stream(
 
     Holds a block and a window at a time.
     """
-    size, patches = config.model.patch_samples, config.patches
+    size, patches = config.patch_samples, config.patches
     codes, begin = np.empty(0, np.uint8), 0  # of the clip, from its sample `begin` on
     first, newest = 0, patches
     for block in blocks:

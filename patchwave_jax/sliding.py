@@ -34,8 +34,10 @@ from patchwave_jax.step import (
     one_device,
     replicated,
 )
+from patchwave_jax.wavenet import WaveNetConfig
 
 BATCH_SAMPLES = 64_000  # of windows that a device scores at once, or one window if it is longer
+RECURRENT_ROWS = 8  # of SampleRNN, whose steps read all weights for however few rows
 
 
 class Window(NamedTuple):
@@ -69,7 +71,7 @@ def plan(
     With `max_targets`, about so many targets: windows of at most `stride` patches, one drawn from
     each of equally long runs of them, so that all are as likely.
     """
-    size, patches = config.model.patch_samples, config.patches
+    size, patches = config.patch_samples, config.patches
     if not 1 <= stride <= patches:
         raise UserError(f"--stride_patches must be from 1 to the context's {patches}, got {stride}")
     windows = []
@@ -83,7 +85,7 @@ def plan(
             windows.append(Window(clip, first, end, patches, stride))
     total = sum(w.end - w.first for w in windows)
     if max_targets and total > max_targets:
-        windows = [piece for window in windows for piece in _pieces(window, stride, config)]
+        windows = [piece for window in windows for piece in pieces(window, stride, config)]
         count = max(1, round(len(windows) * max_targets / total))
         rng = np.random.default_rng(seed)
         starts = np.arange(count) * len(windows) // count
@@ -93,12 +95,12 @@ def plan(
     return windows
 
 
-def _pieces(window: Window, stride: int, config: Config) -> Iterator[Window]:
+def pieces(window: Window, stride: int, config: Config) -> Iterator[Window]:
     """A window as windows of at most `stride` patches of targets, whose predictions are the same.
 
     Only a clip's first window has more.
     """
-    size = config.model.patch_samples
+    size = config.patch_samples
     for first in range(window.first, window.end, stride * size):
         newest = min(stride, window.newest - (first - window.first) // size)
         patches = window.patches
@@ -114,6 +116,7 @@ class Evaluator:
         self.config, self.mesh = config, mesh
         graphdef, self.abstract_params = graphdef_and_params(config)
         each = max(1, BATCH_SAMPLES // config.context_samples)
+        each = each if config.segments == 1 else max(each, RECURRENT_ROWS)
         self.rows = mesh.shape["data"] * each
         plain = dataclasses.replace(config, train=dataclasses.replace(config.train, hop=1))
         shards = context_shards(plain, mesh)
@@ -122,7 +125,7 @@ class Evaluator:
 
         def own_log_probs(params: Any, segments: jax.Array, newest: int) -> jax.Array:
             model = nnx.merge(graphdef, params)
-            patches = segments.shape[1] // config.model.patch_samples - 1
+            patches = segments.shape[1] // config.patch_samples - 1
             return model.dense_log_prob(
                 segments,
                 newest=newest,
@@ -163,7 +166,7 @@ class Evaluator:
             for window in windows:
                 if window.clip != clip:
                     clip, codes = window.clip, codes_of_clip(window.clip)
-                yield window, segment(window, codes, self.config.model.patch_samples)
+                yield window, segment(window, codes, self.config.patch_samples)
 
         return self.score_segments(params, segments())
 
@@ -202,7 +205,7 @@ class Evaluator:
     def _run(
         self, params: Any, shape: tuple[int, int], group: list[tuple[Window, np.ndarray]]
     ) -> Iterator[Scored]:
-        (patches, newest), size = shape, self.config.model.patch_samples
+        (patches, newest), size = shape, self.config.patch_samples
         batch = np.full((self.rows, (patches + 1) * size), quantisers.SILENCE, np.uint8)
         for row, (_, codes) in zip(batch, group, strict=False):
             row[: codes.size] = codes
@@ -212,7 +215,7 @@ class Evaluator:
         for (window, _), row in zip(group, log_probs, strict=False):
             skipped = (window.patches - window.newest - patches + newest) * size
             row = row[skipped : skipped + window.end - window.first]
-            yield Scored(window, row, contexts(window, size))
+            yield Scored(window, row, contexts(window, self.config))
 
 
 def segment(
@@ -230,10 +233,16 @@ def segment(
     return read
 
 
-def contexts(window: Window, size: int) -> Int64[np.ndarray, " targets"]:
-    """Samples of the clip that each target's prediction sees, for patches of `size`."""
-    index = np.arange(window.end - window.first)
-    reach = (window.patches - window.newest + index // size + 1) * size
+def contexts(window: Window, config: Config) -> Int64[np.ndarray, " targets"]:
+    """Samples of the clip that each target's prediction sees."""
+    index, size = np.arange(window.end - window.first), config.patch_samples
+    older = (window.patches - window.newest) * size
+    if not config.is_baseline:
+        reach = older + (index // size + 1) * size
+    elif isinstance(config.model, WaveNetConfig):
+        reach = config.model.receptive_field
+    else:
+        reach = older + index
     return np.minimum(window.first + index, reach)
 
 

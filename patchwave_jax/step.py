@@ -20,14 +20,16 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
+from patchwave_jax.baseline import Baseline
 from patchwave_jax.chips import usable_bytes
 from patchwave_jax.config import Config
 from patchwave_jax.context import AXIS, Shards
 from patchwave_jax.distributed import least, place_rows
 from patchwave_jax.errors import UserError
 from patchwave_jax.model import PatchWave
+from patchwave_jax.sashimi import S4_LEARNING_RATE, SaShiMiConfig, s4_parameters
 
-State = dict[str, Any]  # params, opt_state, step
+State = dict[str, Any]  # params, opt_state, step; carry, of a baseline that has one
 CPU_CHUNK_BYTES = 100e6
 LN2 = math.log(2)
 
@@ -57,12 +59,12 @@ def context_shards(config: Config, mesh: Mesh) -> Shards | None:
     count = mesh.shape.get(AXIS, 1)
     if count == 1:
         return None
-    phases = config.model.patch_samples // config.train.hop
-    if config.objective != "dense":
+    if config.is_baseline or config.objective != "dense":
         raise UserError(
-            f"config.run.context_devices is {count}, but config.objective is "
-            f"{config.objective!r}: only the windows of 'dense' are shared; set it to 1"
+            f"config.run.context_devices is {count}, but only the windows of the patch model with "
+            "config.objective='dense' are shared; set it to 1"
         )
+    phases = config.patch_model.patch_samples // config.train.hop
     for what, total in (
         (f"{config.patches} patches", config.patches),
         (f"{phases} phases", phases),
@@ -82,9 +84,12 @@ def by_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def make_model(config: Config, rngs: nnx.Rngs) -> PatchWave:
+def make_model(config: Config, rngs: nnx.Rngs) -> Any:
+    """A `PatchWave` or a `Baseline`."""
+    if config.is_baseline:
+        return Baseline(config, rngs=rngs)
     return PatchWave(
-        config.model,
+        config.patch_model,
         causal=config.objective == "dense",
         quantiser=config.data.quantiser,
         rngs=rngs,
@@ -118,16 +123,27 @@ def make_schedule(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam, with decoupled weight decay of matrices and clipping where the recipe has them."""
-    train = config.train
+    """Adam, with decoupled weight decay of matrices and clipping where the recipe has them.
+
+    S4's own parameters have their own learning rate, in step with all others', and no decay.
+    """
+    train, own = config.train, []
+
+    def decayed(params: Any) -> Any:
+        return jax.tree.map(lambda x, s4: x.ndim > 1 and not s4, params, s4_parameters(params))
+
+    if isinstance(config.model, SaShiMiConfig):
+        slower = optax.scale(S4_LEARNING_RATE / train.learning_rate)
+        own = [optax.masked(slower, s4_parameters)]
     return optax.chain(
         optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity(),
         optax.adamw(
             make_schedule(config),
             b2=train.beta2,
             weight_decay=train.weight_decay,
-            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            mask=decayed,
         ),
+        *own,
     )
 
 
@@ -173,17 +189,22 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     phase_chunk, chunk_patches = chunks
 
     def init() -> State:
-        params = nnx.state(make_model(config, nnx.Rngs(config.seed)))
-        return {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
+        model = make_model(config, nnx.Rngs(config.seed))
+        params = nnx.state(model)
+        state = {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
+        carry = model.start(train.batch_size) if isinstance(model, Baseline) else ()
+        return {**state, "carry": carry} if jax.tree.leaves(carry) else state
 
     def loss(
-        params: Any, codes: UInt8[Array, "b T"], key: Array
-    ) -> tuple[Float32[Array, ""], Float32[Array, " b"]]:
+        params: Any, carry: Any, codes: UInt8[Array, "b T"], step: Array, key: Array
+    ) -> tuple[Float32[Array, ""], tuple[Float32[Array, " b"], Any]]:
         model = nnx.merge(graphdef, params)
+        if isinstance(model, Baseline):
+            return model.nats(codes, carry, step % config.segments == 0, key)
         if config.objective == "last":
             nats = -model.next_sample_log_prob(codes, key)
-            return nats.mean(), nats
-        return model.dense_nats(
+            return nats.mean(), (nats, carry)
+        nats, row_nats = model.dense_nats(
             codes,
             hop=train.hop,
             phase_chunk=phase_chunk,
@@ -191,36 +212,46 @@ def make_step(config: Config, mesh: Mesh) -> Step:
             key=key,
             shards=shards,
         )
+        return nats, (row_nats, carry)
 
-    def own_gradient(params: Any, codes: UInt8[Array, "b T"], key: Array) -> Any:
+    def own_gradient(
+        params: Any, carry: Any, codes: UInt8[Array, "b T"], step: Array, key: Array
+    ) -> Any:
         key = jax.random.fold_in(key, lax.axis_index(mesh.axis_names))
-        (nats, own), gradient = jax.value_and_grad(loss, has_aux=True)(params, codes, key)
+        (nats, (own, carry)), gradient = jax.value_and_grad(loss, has_aux=True)(
+            params, carry, codes, step, key
+        )
         # Of all rows, so that one reduction is enough: others' are 0 here.
         first = lax.axis_index("data") * rows_each
         all_rows = lax.dynamic_update_slice(jnp.zeros(rows), shares * own, (first,))
-        return lax.pmean(((nats, all_rows), gradient), mesh.axis_names)
+        nats, all_rows, gradient = lax.pmean((nats, all_rows, gradient), mesh.axis_names)
+        return (nats, (all_rows, carry)), gradient
 
     # Left to itself, XLA gathers what the predictors read and adds up gradients inside loops. But
     # it draws the same dropout on any number of devices.
-    model = config.model
     gradient: Any = jax.value_and_grad(loss, has_aux=True)
-    dropout = model.conv_dropout or model.mlp_dropout or model.head_dropout or model.token_dropout
-    if shards or (mesh.size > 1 and not dropout):
+    if shards or (mesh.size > 1 and not has_dropout(config)):
         everything, rows_of = PartitionSpec(), PartitionSpec("data")
         gradient = jax.shard_map(
             own_gradient,
             mesh=mesh,
-            in_specs=(everything, rows_of, everything),
-            out_specs=everything,
+            in_specs=(everything, rows_of, rows_of, everything, everything),
+            out_specs=((everything, (everything, rows_of)), everything),
             check_vma=False,
         )
 
-    def accumulate(total: Any, params: Any, codes: Any, step: Array, index: int) -> Any:
+    def accumulate(total: Any, params: Any, carry: Any, codes: Any, step: Array, index: int) -> Any:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        (nats, row_nats), piece = gradient(params, codes, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, (nats, piece)), row_nats
+        split = jax.tree.map(lambda x: x.reshape(rows, count, *x.shape[1:]), carry)
+        own = jax.tree.map(lambda x: x[:, index], split)
+        (nats, (row_nats, own)), piece = gradient(
+            params, own, codes, step, jax.random.fold_in(key, index)
+        )
+        split = jax.tree.map(lambda x, new: x.at[:, index].set(new), split, own)
+        carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), split)
+        return jax.tree.map(jnp.add, total, (nats, piece)), row_nats, carry
 
-    def apply(state: State, total: Any) -> tuple[State, dict[str, Array]]:
+    def apply(state: State, total: Any, carry: Any) -> tuple[State, dict[str, Array]]:
         nats, gradient = jax.tree.map(lambda x: x / count, total)
         updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -229,6 +260,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         # and so the learning rate, goes on. `Watch` tells of it.
         finite = jnp.isfinite(nats) & jnp.isfinite(metrics["gradient_norm"])
         new = {"params": params, "opt_state": opt_state}
+        new |= {"carry": carry} if "carry" in state else {}
         old = {name: state[name] for name in new}
         kept = jax.tree.map(
             lambda a, b: jnp.where(finite, a, b) if jnp.issubdtype(a.dtype, jnp.floating) else a,
@@ -238,8 +270,12 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         return {**kept, "step": state["step"] + 1}, metrics
 
     everywhere = replicated(mesh)
+    shapes = jax.eval_shape(init)
+    layouts = jax.tree.map(lambda _: everywhere, shapes)
+    if "carry" in shapes:
+        layouts["carry"] = jax.tree.map(lambda _: by_rows(mesh), shapes["carry"])
     abstract_state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(init)
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, layouts
     )
     zeros = jax.jit(
         lambda: jax.tree.map(
@@ -247,25 +283,28 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         ),
         out_shardings=everywhere,
     )
-    shardings = (everywhere, everywhere, by_rows(mesh), everywhere, None)
+    carried = layouts.get("carry", ())
+    shardings = (everywhere, everywhere, carried, by_rows(mesh), everywhere, None)
     donated = () if config.run.debug_nans else (0,)  # JAX repeats a call to find the NaN in it
     accumulate = jax.jit(
         accumulate,
         in_shardings=shardings,
-        out_shardings=everywhere,
+        out_shardings=(everywhere, everywhere, carried),
         donate_argnums=donated,
     )
-    apply = jax.jit(apply, out_shardings=everywhere, donate_argnums=donated)
+    apply = jax.jit(apply, out_shardings=(layouts, everywhere), donate_argnums=donated)
 
     def update(state: State, codes: UInt8[np.ndarray, "B T"]) -> tuple[State, dict[str, Any]]:
         # A loop of the host's, for the reason given in `PatchWave.encode_segment`. Row i of the
         # batch is in micro-batch i % count, so that each device keeps the rows it has.
-        total, parts = zeros(), []
+        total, parts, carry = zeros(), [], state.get("carry", ())
         for index in range(count):
             micro = place_rows(mesh, codes.reshape(-1, count, codes.shape[1])[:, index], rows)
-            total, row_nats = accumulate(total, state["params"], micro, state["step"], index)
+            total, row_nats, carry = accumulate(
+                total, state["params"], carry, micro, state["step"], index
+            )
             parts.append(row_nats)
-        state, metrics = apply(state, total)
+        state, metrics = apply(state, total, carry)
         return state, {**metrics, "row_nats": parts}
 
     return Step(
@@ -273,13 +312,17 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         mesh=mesh,
         graphdef=graphdef,
         abstract_state=abstract_state,
-        init=jax.jit(init, out_shardings=everywhere),
+        init=jax.jit(init, out_shardings=layouts),
         update=update,
         accumulate=accumulate,
         apply=apply,
         micro_batch=(rows, count),
         chunks=chunks,
     )
+
+
+def has_dropout(config: Config) -> bool:
+    return any(value for name, value in vars(config.model).items() if name.endswith("dropout"))
 
 
 def choose_chunks(
@@ -295,7 +338,9 @@ def choose_chunks(
     Raises:
       UserError: if what the configuration gives does not divide a device's share.
     """
-    model, run = config.model, config.run
+    if config.is_baseline:
+        return 1, config.patches
+    model, run = config.patch_model, config.run
     memory = usable_bytes(device) or _machine_bytes() / 2
     memory = least(memory)  # all processes have to run the same program
     most = CPU_CHUNK_BYTES if device.platform == "cpu" else memory / 24

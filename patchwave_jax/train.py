@@ -33,7 +33,7 @@ from patchwave_jax import (
     yardsticks,
 )
 from patchwave_jax.checkpoint import Checkpoints
-from patchwave_jax.config import Config, from_config_dict
+from patchwave_jax.config import Config, ModelConfig, from_config_dict
 from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
@@ -42,6 +42,8 @@ from patchwave_jax.data.windows import Windows, batches, clips
 from patchwave_jax.errors import UserError, exits_cleanly, names_file
 from patchwave_jax.lock import Lock
 from patchwave_jax.log import Log
+from patchwave_jax.samplernn import SampleRNNConfig
+from patchwave_jax.sashimi import SaShiMiConfig
 from patchwave_jax.step import (
     LN2,
     State,
@@ -54,9 +56,18 @@ from patchwave_jax.step import (
 )
 from patchwave_jax.trace import Trace
 from patchwave_jax.watch import Watch
+from patchwave_jax.wavenet import WaveNetConfig
 
-PAPER_PARAMETERS = "3.14M"
-_CONFIGS = "configs/demo.py, laptop.py, ctx128k.py, ctx512k.py, ctx1m.py (or ctx128k.py:dense ...)"
+PAPER_PARAMETERS: dict[type, str] = {
+    ModelConfig: "3.14M",
+    WaveNetConfig: "4.24M",
+    SampleRNNConfig: "35.03M",
+    SaShiMiConfig: "4.05M with 8 layers, 3.13M with 6",
+}
+_CONFIGS = (
+    "configs/demo.py, laptop.py, ctx128k.py, ctx512k.py, ctx1m.py (or ctx128k.py:dense ...), "
+    "wavenet.py, samplernn.py, sashimi.py"
+)
 
 
 def train(
@@ -88,9 +99,10 @@ def train(
     known = expected.matching(config, train_split.manifest_hash)
     schedule, run = make_schedule(config), config.run
     num_steps, targets_per_step = config.train.num_steps, step_targets(config)
+    paper = PAPER_PARAMETERS[type(config.model)]
     print(
         f"{count_parameters(step.abstract_state['params']):,} parameters (the paper: "
-        f"{PAPER_PARAMETERS}), objective {config.objective}, context {config.context_samples:,} "
+        f"{paper}), objective {config.objective}, context {config.context_samples:,} "
         f"samples, {targets_per_step:,} targets a step, {mesh.size} x "
         f"{mesh.devices.flat[0].device_kind}"
         + (f" in {count} processes" if (count := jax.process_count()) > 1 else ""),
@@ -191,6 +203,7 @@ def make_windows(config: Config, split: Split, rows: Sequence[int] | None = None
         quantiser=data.quantiser,
         seed=config.seed,
         rows=rows,
+        segments=config.segments,
         distinct_positions=data.distinct_positions or None,
         gain_db=data.gain_db,
         pitch_semitones=data.pitch_semitones,
@@ -220,7 +233,7 @@ def restore_or_init(
     resumed = checkpoints.resume(step.abstract_state, check)
     if resumed is None:
         state = step.init()
-        if config.model.head == "logistic_mixture":
+        if not config.is_baseline and config.patch_model.head == "logistic_mixture":
             state["params"] = start_from_linear_prediction(config, step, state["params"], split)
         return state, None, 0
     state, record = resumed
@@ -235,7 +248,7 @@ def start_from_linear_prediction(config: Config, step: Step, params: Any, split:
     chosen = stretches[:: max(1, len(stretches) // 64)]
     audio = split.excerpts((c.recording, c.start, c.length) for c in chosen)
     excerpts = [quantiser.encode(pcm) for pcm in audio]
-    taps, scale = yardsticks.fit_linear(excerpts, quantiser, config.model.predictor_taps)
+    taps, scale = yardsticks.fit_linear(excerpts, quantiser, config.patch_model.predictor_taps)
 
     def started(params: Any) -> Any:
         model = nnx.merge(step.graphdef, params)

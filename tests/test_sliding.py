@@ -118,14 +118,14 @@ def test_the_number_of_devices_does_not_matter(objective):
 
 def test_stride_one_gives_every_sample_the_whole_context():
     windows = plan([SIZE * 20], make_config("last"), 1)
-    reach = np.concatenate([contexts(window, SIZE) for window in windows])
+    reach = np.concatenate([contexts(window, make_config("last")) for window in windows])
     np.testing.assert_array_equal(reach, np.minimum(np.arange(SIZE * 20), PATCHES * SIZE))
 
 
 def test_stride_of_the_whole_context_starts_every_window_from_scratch():
     windows = plan([SIZE * PATCHES * 3], make_config("dense"), PATCHES)
     assert [window.end - window.first for window in windows] == [SIZE * PATCHES] * 3
-    assert contexts(windows[1], SIZE)[0] == SIZE
+    assert contexts(windows[1], make_config("dense"))[0] == SIZE
 
 
 @pytest.mark.parametrize(("stride", "max_targets"), [(1, 700), (2, 500), (PATCHES, 900)])

@@ -43,6 +43,7 @@ class Windows:
         seed: int,
         distinct_positions: int | None = None,
         rows: Sequence[int] | None = None,
+        segments: int = 1,
         gain_db: float = 0.0,
         pitch_semitones: float = 0.0,
     ):
@@ -56,6 +57,8 @@ class Windows:
           seed: Non-negative; decides the order, the distinct positions and the augmentation.
           distinct_positions: How many positions to train on; None for all.
           rows: This process' rows of the global batch; None for all.
+          segments: So many steps in a row read the same windows, one such part of them after the
+            other: for networks that carry a state along.
           gain_db: Each row is made louder or softer by up to this, uniformly in dB.
           pitch_semitones: Each row is resampled by up to this, uniformly in semitones. Near the
             end of a recording a row that needs a longer stretch starts earlier than its position.
@@ -66,6 +69,7 @@ class Windows:
         for name, value, least in (
             ("window_samples", window_samples, 1),
             ("batch_size", batch_size, 1),
+            ("segments", segments, 1),
             ("seed", seed, 0),
             ("distinct_positions", 1 if distinct_positions is None else distinct_positions, 1),
             ("gain_db", gain_db, 0),
@@ -77,6 +81,7 @@ class Windows:
         self.rows = range(batch_size) if rows is None else rows
         if any(not 0 <= row < batch_size for row in self.rows):
             raise UserError(f"rows {self.rows} reach beyond batch_size {batch_size}")
+        self._segments = segments
         self._quantiser, self._seed = quantisers.get(quantiser), seed
         self._gain_db, self._pitch_semitones = gain_db, pitch_semitones
         self._damages: set[str] = set()  # that were told
@@ -112,7 +117,7 @@ class Windows:
 
     def locate(self, step: int, row: int) -> tuple[int, int]:
         """Recording and start of one row's window in its recording."""
-        recordings, starts = self._locate(step, range(row, row + 1))
+        recordings, starts = self._locate(step // self._segments, range(row, row + 1))
         return int(recordings[0]), int(starts[0])
 
     def _locate(
@@ -141,7 +146,7 @@ class Windows:
         """This process' rows of the batch of step `index`.
 
         Returns:
-          codes: uint8 [rows, window_samples].
+          codes: uint8 [rows, window_samples / segments].
           recording: int32 [rows], index of each row's recording.
           start: int64 [rows], where in its recording the row's audio begins.
           redrawn: int32 [rows], windows that were damaged, and another drawn in their place.
@@ -149,6 +154,7 @@ class Windows:
         Raises:
           UserError: naming the shard, if it is damaged and the split does not skip that.
         """
+        index, segment = divmod(index, self._segments)
         recordings, starts = self._locate(index, self.rows)
         codes = np.empty((len(self.rows), self.window_samples), np.uint8)
         redrawn = np.zeros(len(self.rows), np.int32)
@@ -168,10 +174,11 @@ class Windows:
                     recordings[i : i + 1], starts[i : i + 1] = self._place(position)
                     redrawn[i] += 1
             codes[i], starts[i] = self._quantiser.encode(pcm), start
+        size = self.window_samples // self._segments
         return {
-            "codes": codes,
+            "codes": codes[:, segment * size : (segment + 1) * size],
             "recording": recordings.astype(np.int32),
-            "start": starts,
+            "start": starts + segment * size,
             "redrawn": redrawn,
         }
 
