@@ -56,8 +56,8 @@ class S4(nnx.Module):
         uniform = jax.random.uniform(rngs.params(), (channels,))
         log_least, log_most = math.log(MIN_STEP), math.log(MAX_STEP)
         self.log_dt = nnx.Param(log_least + (log_most - log_least) * uniform)
-        self.log_decay = nnx.Param(jnp.asarray(np.log(-Lambda.real), jnp.float32))
-        self.frequency = nnx.Param(jnp.asarray(Lambda.imag, jnp.float32))
+        self.log_decay = nnx.Param(jnp.asarray(np.log(-np.real(Lambda)), jnp.float32))
+        self.frequency = nnx.Param(jnp.asarray(np.imag(Lambda), jnp.float32))
         self.P, self.B = nnx.Param(_parts(P)), nnx.Param(_parts(B))
         C = jax.random.normal(rngs.params(), (channels, state_size // 2, 2)) / math.sqrt(2)
         self.C = nnx.Param(C)
@@ -253,4 +253,4 @@ def _complex(parts: Float[Array, "*shape 2"]) -> Complex[Array, "*shape"]:
 
 
 def _parts(x: np.ndarray) -> Float[Array, "*shape 2"]:
-    return jnp.asarray(np.stack([x.real, x.imag], -1), jnp.float32)
+    return jnp.asarray(np.stack([np.real(x), np.imag(x)], -1), jnp.float32)

@@ -167,7 +167,7 @@ class Level(nnx.Module):
             block, block_key = layer
             return nnx.merge(graphdef, block)(x, block_key), None
 
-        block_keys = None if key is None else jax.random.split(keys[1], len(self.blocks))
+        block_keys = None if keys[1] is None else jax.random.split(keys[1], len(self.blocks))
         return x + lax.scan(run, x, (stacked, block_keys))[0]
 
     def prepare(self) -> Prepared:
@@ -189,15 +189,16 @@ class Level(nnx.Module):
     ) -> tuple[State, Float[Array, "B D"]]:
         """As the whole, one sample at a time; the level below runs at the end of its period."""
         period, above, lower = state.period, state.above, state.lower
-        if self.lower is not None:
-            phase = index % self.pool
+        inner = self.lower
+        if inner is not None:
+            assert prepared.lower is not None
+            lower_prepared, phase = prepared.lower, index % self.pool
             period = lax.dynamic_update_index_in_dim(period, x, phase, 2)
             x = x + lax.dynamic_index_in_dim(above, phase, 2, keepdims=False)
 
             def below(period: Array, above: Array, lower: State) -> tuple[Array, State]:
-                lower, y = self.lower.step(
-                    prepared.lower, lower, self._below(period), index // self.pool
-                )
+                x = self._below(period)
+                lower, y = inner.step(lower_prepared, lower, x, index // self.pool)
                 return self._above(y), lower
 
             def wait(period: Array, above: Array, lower: State) -> tuple[Array, State]:
