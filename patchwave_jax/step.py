@@ -149,8 +149,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a run compiles. `update` donates the state it is given; of a batch it takes the rows
-    that are this process' own.
+    """What a run compiles. `update` donates its state, and takes this process' rows of a batch.
 
     Its metrics are `nll_nats`, `gradient_norm`, and as `row_nats` the NLL of each micro-batch's
     rows: row i of the batch is row i // count of micro-batch i % count. It calls `accumulate` for
