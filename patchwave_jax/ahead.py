@@ -100,7 +100,7 @@ def memory_by_kind(step: Step, programs: list[Program]) -> dict[str, int]:
         "parameters": parameters,
         "gradients": parameters,
         "optimizer": moments,
-        "codes, padding": rest + largest.outputs,
+        "codes, padding": max(0, rest + largest.outputs),
         "temporaries": largest.temporaries,
         "programs": sum(p.code for p in programs),
     }
