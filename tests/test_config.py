@@ -49,7 +49,6 @@ def test_the_papers_recipe(name, tokens):
         ("demo", "", None),
         ("wavenet", "", 4_244_480),
         ("samplernn", "", 35_034_624),
-        ("sashimi", "", 4_072_448),
         ("sashimi", "6", 3_144_832),
     ],
 )
