@@ -108,6 +108,13 @@ def place_rows(mesh: Mesh, rows: UInt8[np.ndarray, "b T"], total: int) -> jax.Ar
     return jax.make_array_from_callback((total, *rows.shape[1:]), sharding, piece)
 
 
+def fetch(tree: Any) -> Any:
+    """Arrays of the mesh, whole, in the host's memory; all have to ask."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
 def least(value: float) -> float:
     """The least `value` of all processes; all have to ask."""
     if jax.process_count() == 1:

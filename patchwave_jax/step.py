@@ -229,7 +229,8 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     # Left to itself, XLA gathers what the predictors read and adds up gradients inside loops. But
     # it draws the same dropout on any number of devices.
     gradient: Any = jax.value_and_grad(loss, has_aux=True)
-    if shards or (mesh.size > 1 and not has_dropout(config)):
+    mapped = shards is not None or (mesh.size > 1 and not has_dropout(config))
+    if mapped:
         everything, rows_of = PartitionSpec(), PartitionSpec("data")
         gradient = jax.shard_map(
             own_gradient,
@@ -288,7 +289,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     accumulate = jax.jit(
         accumulate,
         in_shardings=shardings,
-        out_shardings=(everywhere, everywhere, carried),
+        out_shardings=(everywhere, everywhere if mapped else by_rows(mesh), carried),
         donate_argnums=donated,
     )
     apply = jax.jit(apply, out_shardings=(layouts, everywhere), donate_argnums=donated)

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int64
 
 from patchwave_jax.data.windows import Windows
-from patchwave_jax.distributed import is_first
+from patchwave_jax.distributed import fetch, is_first
 from patchwave_jax.errors import UserError
 
 MOST_IN_A_ROW = 10  # skipped steps; then the run ends
@@ -42,7 +41,7 @@ class Watch:
     def read(self) -> dict[str, float]:
         """The newest step's loss and gradient, and what was skipped since the last reading."""
         steps = [step for step, _, _ in self._pending]
-        measured = jax.device_get([metrics for _, metrics, _ in self._pending])
+        measured = fetch([metrics for _, metrics, _ in self._pending])
         redrawn = sum(count for _, _, count in self._pending)
         self._pending.clear()
         skipped, nats, norm = 0, math.nan, math.nan
