@@ -34,7 +34,7 @@ class Shards:
         self, codes: UInt8[Array, "B T"], size: int, history: int
     ) -> UInt8[Array, "B S"]:
         """This device's N/C patches of `size` and the one in front, after `history` samples."""
-        samples = codes.shape[1] // size // self.count * size
+        samples = (codes.shape[1] // size - 1) // self.count * size
         known = jnp.pad(codes, ((0, 0), (history, 0)), constant_values=quantisers.SILENCE)
         start = lax.axis_index(AXIS) * samples
         return lax.dynamic_slice_in_dim(known, start, history + size + samples, 1)

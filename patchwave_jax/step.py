@@ -133,8 +133,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a run compiles. `update` donates the state it is given; of a batch it takes the rows
-    that are this process' own.
+    """What a run compiles. `update` donates its state, and takes this process' rows of a batch.
 
     Its metrics are `nll_nats`, `gradient_norm`, and as `micro_batch_nats` the NLL of each
     micro-batch: row i of the batch is in micro-batch i % count. It calls `accumulate` for each

@@ -95,7 +95,7 @@ def test_eight_devices_then_four(data_dir, tmp_path, monkeypatch):
     train(config, tmp_path / "straight")
     train(halfway, tmp_path / "resumed")
     saved = final_state(halfway, tmp_path / "resumed")
-    monkeypatch.setattr(train_module, "make_mesh", lambda: mesh_of(4))
+    monkeypatch.setattr(train_module, "make_mesh", lambda *_: mesh_of(4))
     restored = final_state(config, tmp_path / "resumed")
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(restored)} == {4}
     same_bits(jax.device_get(saved), jax.device_get(restored))

@@ -75,7 +75,7 @@ def laced(monkeypatch):
             return dataclasses.replace(step, init=lambda: poisoned(step.init(), 255), update=update)
 
         monkeypatch.setattr(train_module, "make_step", make)
-        monkeypatch.setattr(train_module, "make_mesh", lambda: mesh_of(2))
+        monkeypatch.setattr(train_module, "make_mesh", lambda *_: mesh_of(2))
 
     return lace
 
