@@ -358,10 +358,11 @@ def _check_adaptive(
     if not taps:
         return
     for count, window in zip(taps, windows, strict=True):
+        least = max(2 * count, 33)  # the taper falls over 32
         require(
-            2 * count <= window,
+            least <= window,
             "model.adaptive_windows",
-            f"{window} samples are too few to fit {count} taps to; give at least {2 * count}",
+            f"{window} samples are too few to fit {count} taps to; give at least {least}",
         )
     require(
         model.head == "logistic_mixture" and config.objective == "dense",

@@ -175,11 +175,12 @@ def test_a_plan_tells_of_the_program_that_runs(plans, name, tmp_path):
 def test_devices_share_the_work(plans, name):
     """None computes what another one does, and all that they exchange is what design.md says."""
     alone = dataclasses.replace(config_of(name).run, context_devices=1)
-    train = TrainConfig(batch_size=2, micro_batch_size=1)
+    train = TrainConfig(batch_size=2, micro_batch_size=1)  # as many rows as a device has
     single = plan.plan(dataclasses.replace(config_of(name), run=alone, train=train), "cpu:1")
     shared = plans[name]
-    rows = 2 if name != "context" else 0.5  # of a step, on each device
-    assert shared.flops == pytest.approx(single.flops * rows / 2, rel=0.02)
+    # Of a shared row a device also encodes a halo, here of one patch for its one.
+    least, most = (1, 1.02) if name == "last" else (1 / 4, 2 / 4)
+    assert 0.99 * least < shared.flops / single.flops < most
     moved = {"all-to-all"} if name == "context" else set()
     assert {c["kind"] for c in shared.collectives} == {"all-reduce", *moved}
 
