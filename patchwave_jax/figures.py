@@ -102,7 +102,7 @@ def shortage_curve(tally: Tally) -> Figure:
     axes.axhline(0, color=FAINT, lw=1)
     curve(axes, [point.mean for point in points], points, COLOURS[0])
     axes.set(xlabel="context available to the prediction (samples)", ylabel="extra bits per sample")
-    context_axis(axes, points[0].low, tally.context_max)
+    context_axis(axes, max(1, points[0].low), tally.context_max)
     return figure
 
 

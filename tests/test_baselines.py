@@ -1,5 +1,6 @@
 """The baselines in the commands: training, resuming, evaluation, generation, the report."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -88,23 +89,16 @@ def test_training_lowers_the_loss(run):
     _, workdir = run
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["kind"] == "validation"
-    assert rows[-1]["nll_bits"] < 7.9
+    assert rows[-1]["nll_bits"] < rows[0]["nll_bits"] - 0.02
 
 
 def test_interrupted_it_ends_with_the_same_bits(run, tmp_path, monkeypatch):
     """It stops in the middle of a stretch, where SampleRNN carries its state along."""
     config, straight = run
     stops = iter([False] * 4)
-
-    class Stops:
-        def __enter__(self):
-            return lambda: next(stops, True)
-
-        def __exit__(self, *_):
-            pass
-
+    stopping = contextlib.nullcontext(lambda: next(stops, True))
     with monkeypatch.context() as patched:
-        patched.setattr(train, "stop_requested", Stops)
+        patched.setattr(train, "stop_requested", lambda **_: stopping)
         assert not train.train(config, tmp_path)
     assert train.train(config, tmp_path)
     ends = (sliding.load(workdir, STEPS)[1] for workdir in (straight, tmp_path))

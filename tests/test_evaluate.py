@@ -174,7 +174,7 @@ def test_the_published_protocol(data_dir, tmp_path, quantiser):
 
 def test_any_mesh_gives_the_same_result(run, data_dir):
     split = open_split(data_dir, "audio_folder", "train")
-    one = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    one = make_mesh(devices=jax.devices()[:1])
     results = []
     for mesh in (one, make_mesh()):
         evaluator, params, _ = sliding.load(run, mesh=mesh)
