@@ -29,9 +29,14 @@ WAVENET = WaveNetConfig(
 SAMPLERNN = SampleRNNConfig(frame_sizes=(4, 2, 2), width=16, embedding_width=8, segment_samples=32)
 
 
+def zeros(network, config):
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params))
+
+
 def wavenet_of(case) -> WaveNet:
     """The network with the case's PyTorch weights."""
-    model = nnx.eval_shape(lambda: WaveNet(WAVENET, rngs=nnx.Rngs(0)))
+    model = zeros(WaveNet, WAVENET)
 
     def weight(name):  # [out, in, taps] -> [taps * in, out]
         array = case[f"w/{name}.weight"]
@@ -56,7 +61,7 @@ def wavenet_of(case) -> WaveNet:
 
 
 def samplernn_of(case) -> SampleRNN:
-    model = nnx.eval_shape(lambda: SampleRNN(SAMPLERNN, rngs=nnx.Rngs(0)))
+    model = zeros(SampleRNN, SAMPLERNN)
 
     def normed(part, name, axes):
         part.direction[...] = (
