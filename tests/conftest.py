@@ -1,6 +1,13 @@
 """What all tests share: eight simulated devices, and small models with random weights."""
 
+import os
 import tempfile
+
+# Tests compile the same programs again and again: all processes of a run share them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="patchwave_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +21,7 @@ from patchwave_jax.config import ModelConfig
 from patchwave_jax.model import PatchWave
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Tests that train again and again compile the same programs.
-_CACHE = tempfile.TemporaryDirectory(prefix="patchwave_jax_tests_")
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 SMALL = ModelConfig(

@@ -50,6 +50,7 @@ class Command:
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "8",  # as tiny.py asks for when JAX has started
         }
         return subprocess.Popen(
             [sys.executable, "-m", *self.arguments, *more],
