@@ -87,7 +87,7 @@ def test_loss_and_gradient_equal_those_of_one_device(model, hop, chunks, shapes)
     half = model.compute_dtype == "bfloat16"
 
     def close(a, b):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=(2e-2 if half else 3e-6) * scale)
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=(4e-2 if half else 3e-6) * scale)
 
     for shape in shapes:
         found, other, moving = gradient_of(config, mesh_of(*shape), codes)
