@@ -96,14 +96,16 @@ def own_rows(mesh: Mesh, total: int) -> list[int]:
     return sorted({row for index in held.values() if index for row in range(total)[index[0]]})
 
 
-def place_rows(mesh: Mesh, rows: UInt8[np.ndarray, "b T"], total: int) -> jax.Array:
-    """A batch of `total` rows over the mesh, from this process' own `rows` of it."""
+def place_rows(mesh: Mesh, rows: UInt8[np.ndarray, "b T"], total: int) -> Any:
+    """A batch of `total` rows, to be given to a jitted function, from this process' own `rows`."""
+    if jax.process_count() == 1:
+        return rows  # which a jitted function splits by itself
     own, sharding = own_rows(mesh, total), NamedSharding(mesh, PartitionSpec("data"))
 
     def piece(index: Any) -> np.ndarray:
         wanted = range(total)[index[0]]
         first = own.index(wanted[0])
-        return rows[first : first + len(wanted)]
+        return np.array(rows[first : first + len(wanted)])
 
     return jax.make_array_from_callback((total, *rows.shape[1:]), sharding, piece)
 
