@@ -38,11 +38,12 @@ from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.data.windows import batches
 from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.mesh import make_mesh
 from patchwave_jax.recurrent import make_sampler
 from patchwave_jax.sampler import CHUNK_SAMPLES, Sampler
 from patchwave_jax.samplernn import SampleRNNConfig
 from patchwave_jax.sashimi import SaShiMiConfig
-from patchwave_jax.step import Step, count_parameters, keep_compilations, make_mesh, make_step
+from patchwave_jax.step import Step, count_parameters, keep_compilations, make_step
 from patchwave_jax.wavenet import WaveNetConfig
 
 SPAN_SAMPLES = 2_000  # whole patches of all systems, so that windows share their ends

@@ -11,7 +11,8 @@ import numpy as np
 
 from patchwave_jax import counts
 from patchwave_jax.chips import GIB, Chip
-from patchwave_jax.step import Step, by_rows, replicated
+from patchwave_jax.mesh import by_rows, replicated
+from patchwave_jax.step import Step
 
 
 class DoesNotFitError(Exception):

@@ -31,7 +31,8 @@ from patchwave_jax.chips import GIB
 from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError, exits_cleanly
 from patchwave_jax.flops import useful_flops
-from patchwave_jax.step import make_mesh, make_step
+from patchwave_jax.mesh import make_mesh
+from patchwave_jax.step import make_step
 
 MOST_ROWS = 4096  # that `--fit` tries
 

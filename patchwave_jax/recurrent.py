@@ -18,8 +18,9 @@ from patchwave_jax import quantisers, sliding
 from patchwave_jax.baseline import picked
 from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError
+from patchwave_jax.mesh import replicated
 from patchwave_jax.sampler import CHUNK_SAMPLES, Knobs, Sampler
-from patchwave_jax.step import graphdef_and_params, replicated
+from patchwave_jax.step import graphdef_and_params
 from patchwave_jax.wavenet import WaveNetConfig
 
 

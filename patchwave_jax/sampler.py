@@ -21,7 +21,7 @@ from patchwave_jax import quantisers, sliding
 from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError
 from patchwave_jax.incremental import Folded, Incremental, State
-from patchwave_jax.step import replicated
+from patchwave_jax.mesh import replicated
 
 CHUNK_SAMPLES = 800  # made by one call of the compiled loop
 SHOWN_TOKENS = 128  # a growing window is compiled anew for every so many tokens

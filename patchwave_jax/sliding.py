@@ -25,15 +25,9 @@ from patchwave_jax.checkpoint import Checkpoints, abstract
 from patchwave_jax.config import Config
 from patchwave_jax.context import AXIS
 from patchwave_jax.errors import UserError
-from patchwave_jax.step import (
-    by_rows,
-    choose_chunks,
-    context_shards,
-    graphdef_and_params,
-    make_mesh,
-    one_device,
-    replicated,
-)
+from patchwave_jax.memory import choose_chunks
+from patchwave_jax.mesh import by_rows, context_shards, make_mesh, one_device, replicated
+from patchwave_jax.step import graphdef_and_params
 from patchwave_jax.wavenet import WaveNetConfig
 
 BATCH_SAMPLES = 64_000  # of windows that a device scores at once, or one window if it is longer

@@ -1,13 +1,8 @@
-"""The training step: state, optimizer, loss, and the jitted update on a mesh.
-
-The mesh has the axis `data`, over which a batch's rows are split, and may have `context`, whose
-devices share each row (see `patchwave_jax.context`). The parameters are replicated.
-"""
+"""The training step: state, loss, and the jitted update on a mesh."""
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,71 +12,20 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
 from patchwave_jax.baseline import Baseline
-from patchwave_jax.chips import usable_bytes
 from patchwave_jax.config import Config
-from patchwave_jax.context import AXIS, Shards
-from patchwave_jax.distributed import least, place_rows
+from patchwave_jax.distributed import place_rows
 from patchwave_jax.errors import UserError
+from patchwave_jax.memory import choose_chunks, largest_divisor
+from patchwave_jax.mesh import by_rows, context_shards, one_device, replicated
 from patchwave_jax.model import PatchWave
-from patchwave_jax.sashimi import S4_LEARNING_RATE, SaShiMiConfig, s4_parameters
+from patchwave_jax.optimizer import make_optimizer
 
 State = dict[str, Any]  # params, opt_state, step; carry, of a baseline that has one
-CPU_CHUNK_BYTES = 100e6
 LN2 = math.log(2)
-
-
-def make_mesh(context_devices: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """All devices (or `devices`), `context_devices` of them for each row.
-
-    Raises:
-      UserError: if that does not divide the number of devices.
-    """
-    devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    if count % context_devices:
-        raise UserError(
-            f"config.run.context_devices {context_devices} does not divide the {count} devices"
-        )
-    sizes = (count // context_devices, context_devices)
-    return jax.make_mesh(sizes, ("data", AXIS), axis_types=(AxisType.Auto,) * 2, devices=devices)
-
-
-def context_shards(config: Config, mesh: Mesh) -> Shards | None:
-    """How the devices along `context` share a row; None where one has it for itself.
-
-    Raises:
-      UserError: if they can't share it evenly.
-    """
-    count = mesh.shape.get(AXIS, 1)
-    if count == 1:
-        return None
-    if config.is_baseline or config.objective != "dense":
-        raise UserError(
-            f"config.run.context_devices is {count}, but only the windows of the patch model with "
-            "config.objective='dense' are shared; set it to 1"
-        )
-    phases = config.patch_model.patch_samples // config.train.hop
-    for what, total in (
-        (f"{config.patches} patches", config.patches),
-        (f"{phases} phases", phases),
-    ):
-        if total % count:
-            raise UserError(
-                f"config.run.context_devices {count} does not divide the {what} of a row"
-            )
-    return Shards(count)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def by_rows(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def make_model(config: Config, rngs: nnx.Rngs) -> Any:
@@ -101,50 +45,6 @@ def graphdef_and_params(config: Config) -> tuple[Any, Any]:
     model = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(config.seed)))
     graphdef, params = nnx.split(model)
     return graphdef, params
-
-
-def make_schedule(config: Config) -> optax.Schedule:
-    """The learning rate after so many steps."""
-    train = config.train
-    if train.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(
-            0.0 if train.warmup_steps else train.learning_rate,
-            train.learning_rate,
-            train.warmup_steps,
-            max(train.decay_steps, train.warmup_steps + 1),
-            train.final_learning_rate,
-        )
-    drop = optax.piecewise_constant_schedule(
-        train.learning_rate, {train.decay_steps: train.final_learning_rate / train.learning_rate}
-    )
-    if not train.warmup_steps:
-        return drop
-    return lambda step: drop(step) * jnp.minimum(1.0, (step + 1) / train.warmup_steps)
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Adam, with decoupled weight decay of matrices and clipping where the recipe has them.
-
-    S4's own parameters have their own learning rate, in step with all others', and no decay.
-    """
-    train, own = config.train, []
-
-    def decayed(params: Any) -> Any:
-        return jax.tree.map(lambda x, s4: x.ndim > 1 and not s4, params, s4_parameters(params))
-
-    if isinstance(config.model, SaShiMiConfig):
-        slower = optax.scale(S4_LEARNING_RATE / train.learning_rate)
-        own = [optax.masked(slower, s4_parameters)]
-    return optax.chain(
-        optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity(),
-        optax.adamw(
-            make_schedule(config),
-            b2=train.beta2,
-            weight_decay=train.weight_decay,
-            mask=decayed,
-        ),
-        *own,
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +80,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
             f"config.train.batch_size {train.batch_size} is not a multiple of {shares} devices"
         )
     rows_each = train.batch_size // shares
-    rows_each = _largest_divisor(rows_each, train.micro_batch_size or rows_each)
+    rows_each = largest_divisor(rows_each, train.micro_batch_size or rows_each)
     rows, count = rows_each * shares, train.batch_size // (rows_each * shares)
     graphdef, _ = graphdef_and_params(config)
     optimizer = make_optimizer(config)
@@ -323,60 +223,6 @@ def make_step(config: Config, mesh: Mesh) -> Step:
 
 def has_dropout(config: Config) -> bool:
     return any(value for name, value in vars(config.model).items() if name.endswith("dropout"))
-
-
-def choose_chunks(
-    config: Config, rows: int, device: Any, shards: Shards | None = None
-) -> tuple[int, int]:
-    """`(phase_chunk, chunk_patches)` of the dense form for `rows` segments, or shares, on a device.
-
-    What the configuration leaves at 0 is chosen for the device's memory, of which a third is for
-    the encoder's activations (half of the machine's counts where the device does not tell). The
-    Transformer's, kept for one chunk of phases, take up to a 24th of it, but on a CPU not much
-    more than its caches hold.
-
-    Raises:
-      UserError: if what the configuration gives does not divide a device's share.
-    """
-    if config.is_baseline:
-        return 1, config.patches
-    model, run = config.patch_model, config.run
-    memory = usable_bytes(device) or _machine_bytes() / 2
-    memory = least(memory)  # all processes have to run the same program
-    most = CPU_CHUNK_BYTES if device.platform == "cpu" else memory / 24
-    patches, phases = config.patches, model.patch_samples // config.train.hop
-    bytes_each = jnp.dtype(model.compute_dtype).itemsize
-    scores = patches if config.objective == "dense" else 2 * patches  # and weights; half if causal
-    layer = model.num_heads * (2 * model.width + scores) + 8 * model.width + model.mlp_width
-    token = model.num_layers * layer + 2 * model.readout_width + 512
-    phase = rows * patches * token * bytes_each
-    patch = rows * model.patch_samples * 3 * sum(model.filters) * bytes_each
-    if shards:
-        patches, phases = patches // shards.count, phases // shards.count
-    for name, chunk, total in (
-        ("phase_chunk", run.phase_chunk, phases),
-        ("encode_chunk_patches", run.encode_chunk_patches, patches),
-    ):
-        if chunk and total % chunk:
-            raise UserError(f"config.run.{name} {chunk} does not divide a device's {total}")
-    return (
-        run.phase_chunk or _largest_divisor(phases, most / phase),
-        run.encode_chunk_patches or _largest_divisor(patches, memory / 3 / patch),
-    )
-
-
-def one_device(mesh: Mesh) -> Any:
-    """One whose memory can be asked for: of this process, where it has any."""
-    devices, own = list(mesh.devices.flat), jax.process_index()
-    return next((device for device in devices if device.process_index == own), devices[0])
-
-
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _largest_divisor(total: int, most: float) -> int:
-    return max(d for d in range(1, total + 1) if total % d == 0 and d <= max(1, most))
 
 
 def keep_compilations() -> None:

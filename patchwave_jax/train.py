@@ -42,18 +42,11 @@ from patchwave_jax.data.windows import Windows, batches, clips
 from patchwave_jax.errors import UserError, exits_cleanly, names_file
 from patchwave_jax.lock import Lock
 from patchwave_jax.log import Log
+from patchwave_jax.mesh import make_mesh
+from patchwave_jax.optimizer import make_schedule
 from patchwave_jax.samplernn import SampleRNNConfig
 from patchwave_jax.sashimi import SaShiMiConfig
-from patchwave_jax.step import (
-    LN2,
-    State,
-    Step,
-    count_parameters,
-    keep_compilations,
-    make_mesh,
-    make_schedule,
-    make_step,
-)
+from patchwave_jax.step import LN2, State, Step, count_parameters, keep_compilations, make_step
 from patchwave_jax.trace import Trace
 from patchwave_jax.watch import Watch
 from patchwave_jax.wavenet import WaveNetConfig

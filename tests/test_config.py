@@ -12,7 +12,8 @@ import pytest
 
 from patchwave_jax.config import Config, from_config_dict, to_config_dict
 from patchwave_jax.errors import EXIT_CODE, UserError
-from patchwave_jax.step import count_parameters, make_mesh, make_step
+from patchwave_jax.mesh import make_mesh
+from patchwave_jax.step import count_parameters, make_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

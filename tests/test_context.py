@@ -15,12 +15,13 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 from test_sliding import LENGTHS
 
+from patchwave_jax import mesh as mesh_module
 from patchwave_jax import sliding
-from patchwave_jax import step as step_module
 from patchwave_jax.config import Config, RunConfig, TrainConfig
 from patchwave_jax.errors import UserError
+from patchwave_jax.mesh import make_mesh
 from patchwave_jax.sliding import Evaluator, plan
-from patchwave_jax.step import make_mesh, make_step
+from patchwave_jax.step import make_step
 
 PLAIN = dataclasses.replace(
     SMALL, conv_dropout=0.0, mlp_dropout=0.0, head_dropout=0.0, token_dropout=0.0
@@ -55,7 +56,7 @@ def mesh_of(data: int, context: int) -> Mesh:
 def gradient_of(config: Config, mesh: Mesh, codes) -> tuple:
     """The loss and the gradient of one micro-batch, and the program's lines that move data."""
     step = make_step(config, mesh)
-    everywhere = step_module.replicated(mesh)
+    everywhere = mesh_module.replicated(mesh)
     params = jax.device_put(nnx.state(random_model(config.model, causal=True)), everywhere)
     total = jax.device_put((jnp.float32(0), jax.tree.map(jnp.zeros_like, params)), everywhere)
     compiled = step.accumulate.lower(total, params, (), codes, 0, 0).compile()

@@ -14,7 +14,8 @@ from patchwave_jax import evaluate, measure, quantisers, reference, sliding, tal
 from patchwave_jax.data.index import Recording, SourceFile, open_split
 from patchwave_jax.data.windows import Clip
 from patchwave_jax.errors import EXIT_CODE, UserError
-from patchwave_jax.step import make_mesh, make_model
+from patchwave_jax.mesh import make_mesh
+from patchwave_jax.step import make_model
 from patchwave_jax.tally import LN2, Tally, bootstrap
 
 

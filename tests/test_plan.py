@@ -21,7 +21,8 @@ from patchwave_jax import ahead, chips, counts, plan, recipes
 from patchwave_jax.chips import GIB
 from patchwave_jax.config import RunConfig, TrainConfig
 from patchwave_jax.errors import UserError
-from patchwave_jax.step import make_mesh, make_step
+from patchwave_jax.mesh import make_mesh
+from patchwave_jax.step import make_step
 
 HAS_TPU = importlib.util.find_spec("libtpu") is not None
 HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
@@ -107,7 +108,8 @@ import jax, numpy as np
 sys.path[:0] = sys.argv[1:2]
 from test_plan import config_of
 from patchwave_jax.ahead import held_bytes
-from patchwave_jax.step import make_mesh, make_step
+from patchwave_jax.mesh import make_mesh
+from patchwave_jax.step import make_step
 config = config_of(sys.argv[2])
 step = make_step(config, make_mesh(config.run.context_devices))
 state = step.init()

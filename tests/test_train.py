@@ -23,7 +23,9 @@ from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
 from patchwave_jax.data import manifest
 from patchwave_jax.errors import UserError
-from patchwave_jax.step import choose_chunks, make_schedule, make_step
+from patchwave_jax.memory import choose_chunks
+from patchwave_jax.optimizer import make_schedule
+from patchwave_jax.step import make_step
 from patchwave_jax.train import train
 
 

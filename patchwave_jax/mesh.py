@@ -1,0 +1,71 @@
+"""The mesh of devices, and how arrays lie on it.
+
+It has the axis `data`, over which a batch's rows are split, and may have `context`, whose devices
+share each row (see `patchwave_jax.context`). The parameters are replicated.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from patchwave_jax.config import Config
+from patchwave_jax.context import AXIS, Shards
+from patchwave_jax.errors import UserError
+
+
+def make_mesh(context_devices: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices (or `devices`), `context_devices` of them for each row.
+
+    Raises:
+      UserError: if that does not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if count % context_devices:
+        raise UserError(
+            f"config.run.context_devices {context_devices} does not divide the {count} devices"
+        )
+    sizes = (count // context_devices, context_devices)
+    return jax.make_mesh(sizes, ("data", AXIS), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def context_shards(config: Config, mesh: Mesh) -> Shards | None:
+    """How the devices along `context` share a row; None where one has it for itself.
+
+    Raises:
+      UserError: if they can't share it evenly.
+    """
+    count = mesh.shape.get(AXIS, 1)
+    if count == 1:
+        return None
+    if config.is_baseline or config.objective != "dense":
+        raise UserError(
+            f"config.run.context_devices is {count}, but only the windows of the patch model with "
+            "config.objective='dense' are shared; set it to 1"
+        )
+    phases = config.patch_model.patch_samples // config.train.hop
+    for what, total in (
+        (f"{config.patches} patches", config.patches),
+        (f"{phases} phases", phases),
+    ):
+        if total % count:
+            raise UserError(
+                f"config.run.context_devices {count} does not divide the {what} of a row"
+            )
+    return Shards(count)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def one_device(mesh: Mesh) -> Any:
+    """One whose memory can be asked for: of this process, where it has any."""
+    devices, own = list(mesh.devices.flat), jax.process_index()
+    return next((device for device in devices if device.process_index == own), devices[0])
