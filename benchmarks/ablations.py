@@ -21,7 +21,7 @@ NO_ADAPTIVE: dict[str, Any] = {"model.adaptive_taps": (), "model.adaptive_window
 SOFTMAX: dict[str, Any] = {**NO_ADAPTIVE, "model.head": "softmax"}
 BFLOAT16: dict[str, Any] = {"model.compute_dtype": "bfloat16"}
 RECIPE = "all parts"
-VARIANTS: dict[str, dict[str, Any]] = {
+PARTS: dict[str, dict[str, Any]] = {
     RECIPE: {},
     "one adaptive predictor, 256 taps": {
         "model.adaptive_taps": (256,),
@@ -35,6 +35,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": BFLOAT16,
     "no adaptive predictors, softmax, bfloat16": {**SOFTMAX, **BFLOAT16},
 }
+CHOICES: dict[str, dict[str, Any]] = {
+    "five predictors, 16 to 512 taps": {
+        "model.adaptive_taps": (16, 32, 128, 256, 512),
+        "model.adaptive_windows": (640, 1536, 3072, 6144, 12_288),
+    },
+    "learning rate 2e-3": {"train.learning_rate": 2e-3, "train.final_learning_rate": 2e-5},
+    "learning rate 4e-3": {"train.learning_rate": 4e-3, "train.final_learning_rate": 4e-5},
+    "learning rate 16e-3": {"train.learning_rate": 16e-3, "train.final_learning_rate": 16e-5},
+    "constant learning rate": {"train.schedule": "drop", "train.decay_steps": 10**6},
+    "no warm-up": {"train.warmup_steps": 0},
+    "weight decay 0.1": {"train.weight_decay": 0.1},
+    "beta2 0.95": {"train.beta2": 0.95},
+    "every second target of two rows": {"train.batch_size": 2, "train.hop": 2},
+    "half the filters, twice the readout": {
+        "model.filters": (32, 32, 32, 32),
+        "model.readout_width": 512,
+    },
+    "twice the readout": {"model.readout_width": 512},
+}
+VARIANTS = PARTS | CHOICES
 
 
 def make_config(name: str, args: argparse.Namespace, seed: int, steps: int) -> Config:
@@ -62,7 +82,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", help="where the dataset is; default: as in training")
     parser.add_argument("--steps", type=int, default=120, help="of 32,000 targets")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="names of variants")
+    parser.add_argument("--only", nargs="*", default=list(PARTS), help="names of variants")
+    parser.add_argument(
+        "--choices", action="store_const", dest="only", const=list(CHOICES),
+        help="what was tried and not kept, instead of the parts",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if unknown := set(args.only) - set(VARIANTS):
         raise UserError(f"--only: {unknown.pop()!r} is none of {', '.join(VARIANTS)}")

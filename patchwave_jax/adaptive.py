@@ -31,7 +31,8 @@ from patchwave_jax.config import ModelConfig
 RIDGE = 2e-7  # of the window's energy, for each tap
 FLOOR = 1e-9  # energy added for each sample, about the rounding noise of the finest mu-law bins
 FALL_SAMPLES = 32  # of the newest, where the window falls to zero
-BLOCKS_AT_ONCE = 64  # bounds memory, changes no result
+BLOCKS_AT_ONCE = 512  # bounds memory, changes no result
+CPU_BLOCKS_AT_ONCE = 32  # as many as its caches hold
 LAGS = 16  # newest errors of each predictor that the network is told
 ERROR_SPANS = (8, 32, 128)  # samples that its mean squared error is told over
 LIMIT = 8.0  # of features that are in units of the error scale
@@ -115,7 +116,11 @@ class Predictors:
             return lax.map(of_sample, jnp.arange(block))
 
         starts = first - longest + block * jnp.arange(blocks)
-        predicted = lax.map(of_block, starts, batch_size=BLOCKS_AT_ONCE)  # [n, block, B, J]
+        predicted = lax.platform_dependent(
+            starts,
+            cpu=lambda starts: lax.map(of_block, starts, batch_size=CPU_BLOCKS_AT_ONCE),
+            default=lambda starts: lax.map(of_block, starts, batch_size=BLOCKS_AT_ONCE),
+        )  # [n, block, B, J]
         predicted = jnp.moveaxis(predicted, 2, 0)
         return predicted.reshape(padded.shape[0], blocks * block, -1)[:, :count]
 

@@ -23,8 +23,8 @@ NO_DROPOUT: Any = {
     "token_dropout": 0.0,
 }
 ADAPTIVE: Any = {  # short memories for onsets, long ones for held notes
-    "adaptive_taps": (16, 32, 128, 256, 512),
-    "adaptive_windows": (640, 1536, 3072, 6144, 12_288),
+    "adaptive_taps": (24, 192, 512, 1024),
+    "adaptive_windows": (1024, 4096, 12_288, 24_576),
     "adaptive_block_samples": 100,
 }
 
@@ -107,7 +107,7 @@ def small(data: DataConfig, num_steps: int, evals: int) -> Config:
     """
     return Config(
         objective="dense",
-        context_samples=16_000,
+        context_samples=32_000,
         model=ModelConfig(
             patch_samples=500,
             strides=(2, 2, 2, 2),
@@ -126,14 +126,14 @@ def small(data: DataConfig, num_steps: int, evals: int) -> Config:
         ),
         data=dataclasses.replace(data, distinct_positions=0),
         train=TrainConfig(
-            batch_size=2,
+            batch_size=1,
             micro_batch_size=0,
             num_steps=num_steps,
-            learning_rate=2e-3,
+            learning_rate=8e-3,
             warmup_steps=min(50, num_steps // 4),
             schedule="cosine",
             decay_steps=num_steps,
-            final_learning_rate=2e-5,
+            final_learning_rate=8e-5,
             clip_norm=1.0,
             patience_evals=0,
         ),
