@@ -17,6 +17,7 @@ Dimensions as in `patchwave_jax.model`; `K` taps, `J` predictors, `C` features.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ RIDGE = 2e-7  # of the window's energy, for each tap
 FLOOR = 1e-9  # energy added for each sample, about the rounding noise of the finest mu-law bins
 FALL_SAMPLES = 32  # of the newest, where the window falls to zero
 BLOCKS_AT_ONCE = 512  # bounds memory, changes no result
-CPU_BLOCKS_AT_ONCE = 32  # as many as its caches hold
+CPU_TAPS_AT_ONCE = 16_384  # as many as a CPU's caches hold
 LAGS = 16  # newest errors of each predictor that the network is told
 ERROR_SPANS = (8, 32, 128)  # samples that its mean squared error is told over
 LIMIT = 8.0  # of features that are in units of the error scale
@@ -99,30 +100,32 @@ class Predictors:
 
         Before it there must be at least as many samples as the longest window.
         """
-        block, longest = self.block_samples, max(self.windows)
+        block = self.block_samples
         count = waveform.shape[1] - first
         blocks = -(-count // block)
         padded = jnp.pad(waveform, ((0, 0), (0, blocks * block - count)))
+        starts = first + block * jnp.arange(blocks)
+        predicted = []
+        for taps, window in zip(self.taps, self.windows, strict=True):
 
-        def of_block(start: Array) -> Array:
-            piece = lax.dynamic_slice_in_dim(padded, start, longest + block, 1)
-            fitted = self.coefficients(piece[:, :longest])
+            def of_block(start: Array, taps: int = taps, window: int = window) -> Array:
+                fitted = _fit(lax.dynamic_slice_in_dim(padded, start - window, window, 1), taps)
+                piece = lax.dynamic_slice_in_dim(padded, start - taps, taps + block, 1)
 
-            def of_sample(i: Array) -> Array:
-                first = [(taps, longest - taps + i) for taps in self.taps]
-                past = [lax.dynamic_slice_in_dim(piece, at, taps, 1) for taps, at in first]
-                return self.apply(fitted, past)
+                def add(k: Array, total: Array) -> Array:
+                    past = lax.dynamic_slice_in_dim(piece, taps - 1 - k, block, 1)
+                    return total + lax.dynamic_slice_in_dim(fitted, k, 1, 1) * past
 
-            return lax.map(of_sample, jnp.arange(block))
+                return lax.fori_loop(0, taps, add, jnp.zeros_like(piece[:, :block]), unroll=16)
 
-        starts = first - longest + block * jnp.arange(blocks)
-        predicted = lax.platform_dependent(
-            starts,
-            cpu=lambda starts: lax.map(of_block, starts, batch_size=CPU_BLOCKS_AT_ONCE),
-            default=lambda starts: lax.map(of_block, starts, batch_size=BLOCKS_AT_ONCE),
-        )  # [n, block, B, J]
-        predicted = jnp.moveaxis(predicted, 2, 0)
-        return predicted.reshape(padded.shape[0], blocks * block, -1)[:, :count]
+            rows = max(1, CPU_TAPS_AT_ONCE // (taps * waveform.shape[0]))
+            made = lax.platform_dependent(
+                starts,
+                cpu=functools.partial(lax.map, of_block, batch_size=rows),
+                default=functools.partial(lax.map, of_block, batch_size=BLOCKS_AT_ONCE),
+            )  # [n, B, block]
+            predicted.append(jnp.moveaxis(made, 1, 0).reshape(padded.shape[0], -1)[:, :count])
+        return jnp.stack(predicted, -1)
 
     def describe(
         self,
@@ -210,7 +213,7 @@ def _solve(correlation: Float32[Array, "B K1"]) -> Float32[Array, "B K"]:
             error * (1 - jnp.square(reflection)),
         )
 
-    forward, _, _ = lax.fori_loop(1, lags, raise_order, (products, products, error))
+    forward, _, _ = lax.fori_loop(1, lags, raise_order, (products, products, error), unroll=2)
     return -forward[:, 1:]
 
 

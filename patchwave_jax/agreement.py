@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from patchwave_jax import sliding
+from patchwave_jax.knobs import Knobs
 from patchwave_jax.recurrent import make_sampler
-from patchwave_jax.sampler import Knobs
 
 CHECK_SAMPLES = 2000  # generated before and after the window slides
 TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.3}  # between two orders of the same sums

@@ -15,9 +15,9 @@ from jaxtyping import Int16
 from patchwave_jax import quantisers
 from patchwave_jax.config import Config
 from patchwave_jax.data.audio import SAMPLE_RATE
+from patchwave_jax.knobs import Knobs
 from patchwave_jax.outputs import write_wav
 from patchwave_jax.recurrent import make_sampler
-from patchwave_jax.sampler import Knobs
 from patchwave_jax.step import LN2
 
 CLIPS = 2

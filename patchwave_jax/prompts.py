@@ -13,8 +13,8 @@ from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.errors import UserError
+from patchwave_jax.knobs import Knobs
 from patchwave_jax.outputs import MAX_SAMPLES
-from patchwave_jax.sampler import Knobs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,12 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
-from patchwave_jax import quantisers, sliding
+from patchwave_jax import quantisers
 from patchwave_jax.baseline import picked
 from patchwave_jax.config import Config
-from patchwave_jax.errors import UserError
+from patchwave_jax.knobs import Knobs
 from patchwave_jax.mesh import replicated
-from patchwave_jax.sampler import CHUNK_SAMPLES, Knobs, Sampler
+from patchwave_jax.sampler import CHUNK_SAMPLES, Sampler, Streams, sum_bytes
 from patchwave_jax.step import graphdef_and_params
 from patchwave_jax.wavenet import WaveNetConfig
 
@@ -32,7 +32,7 @@ def make_sampler(
     num: int,
     knobs: Knobs | None = None,
     stride_patches: int | None = None,
-) -> "Streams":
+) -> Streams:
     """`num` streams of whatever model `config` has; raises as `Sampler`."""
     kind = RecurrentSampler if config.is_baseline else Sampler
     return kind(config, params, mesh, num=num, knobs=knobs, stride_patches=stride_patches)
@@ -44,37 +44,15 @@ def _rows_at(two: Any, three: Any) -> PartitionSpec:
     return PartitionSpec(*(None,) * axis, "data")
 
 
-class RecurrentSampler:
-    """Streams of samples from one baseline, all at the same position of their clips."""
+class RecurrentSampler(Streams):
+    """Streams of one baseline."""
 
-    def __init__(
-        self,
-        config: Config,
-        params: Any,
-        mesh: Mesh,
-        *,
-        num: int,
-        knobs: Knobs | None = None,
-        stride_patches: int | None = None,
-    ):
-        """`num` streams over the mesh's data axis; `prime` comes next.
-
-        Raises:
-          UserError: if a knob or the stride is out of range.
-        """
-        self.config, self.num, self.knobs = config, num, knobs or Knobs()
-        self.knobs.check()
-        stride = sliding.default_stride(config) if stride_patches is None else stride_patches
-        sliding.plan([], config, stride)  # refuses a stride out of range
-        self.stride_patches, self.position = stride, 0
-        self.reach = config.context_samples  # what priming looks at
-        self._rows = -(-num // mesh.size) * mesh.size
-        self._streams = np.arange(self._rows, dtype=np.uint32)
+    def __init__(self, config: Config, params: Any, mesh: Mesh, **options: Any):
+        """As `Streams`."""
+        super().__init__(config, params, mesh, **options)
         self._codes = np.zeros((self._rows, 0), np.uint8)  # the newest before `position`
-        self._window, self._begin = 0, 0  # what the state is of: window, and first sample read
-        self._state: Any = None
+        self._begin = 0  # the first sample that the state has read
         self._graphdef, _ = graphdef_and_params(config)
-        self._params = jax.device_put(params, replicated(mesh))
 
         def network(params: Any) -> Any:
             return nnx.merge(self._graphdef, params).network
@@ -98,66 +76,34 @@ class RecurrentSampler:
         )
         self._loop = jax.jit(mapped, donate_argnums=2)
 
-    def window_start(self, position: int) -> int:
-        """Where the window begins whose targets include the sample at `position`."""
-        step, context = self.stride_patches * self.config.patch_samples, self.config.context_samples
-        return 0 if position < context else (1 + (position - context) // step) * step
-
     def rewind(self, position: int, first: int) -> int:
-        """Where a run is to be taken up so as to be at `position` again: there.
-
-        Priming steps through the window's samples as the run itself did.
-        """
+        # Priming steps through the window's samples as the run itself did.
         del first
         return position
 
-    def prime(self, tail: UInt8[np.ndarray, "B T"], position: int) -> None:
-        """Puts the streams before their samples at `position`; `tail` are the codes before it.
-
-        The newest `reach` of them matter; what lies before sample 0 is silence.
-        """
-        if tail.shape[0] != self.num or tail.shape[1] < min(position, self.reach):
-            raise ValueError(f"codes {tail.shape} of {self.num} streams before {position}")
-        self._codes = np.concatenate([tail, tail[:1].repeat(self._rows - self.num, 0)])
-        self.position = position
-        self._prime()
-
-    def _prime(self) -> None:
+    def _prime(self, codes: UInt8[np.ndarray, "R T"]) -> None:
         model, end = self.config.model, self.position
         self._window = self._begin = self.window_start(end)
         if isinstance(model, WaveNetConfig):
             self._begin = max(0, end - model.receptive_field)
-        known = self._codes[:, self._codes.shape[1] - (end - self._begin) :]
+        known = codes[:, codes.shape[1] - (end - self._begin) :]
         self._state, self.position = self._empty(self._params), self._begin
         self._codes = np.full((self._rows, 1), quantisers.SILENCE, np.uint8)
         while self.position < end:
             self._advance(known[:, self.position - self._begin :], CHUNK_SAMPLES)
 
     def state_bytes(self) -> int:
-        """Size of all streams' state."""
-        shapes = jax.eval_shape(self._empty, self._params)
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        return sum_bytes(jax.eval_shape(self._empty, self._params))
 
-    def run(
-        self, count: int = CHUNK_SAMPLES, given: UInt8[np.ndarray, "B C"] | None = None
-    ) -> tuple[UInt8[np.ndarray, "B C"], Float32[np.ndarray, "B C"]]:
-        """The next samples, as `Sampler.run`."""
-        if self._state is None:
-            raise ValueError("prime comes first")
+    def _next(
+        self, count: int, given: UInt8[np.ndarray, "R C"] | None
+    ) -> tuple[UInt8[np.ndarray, "R C"], Float32[np.ndarray, "R C"]]:
         start = self.window_start(self.position)
         if start != self._window and not isinstance(self.config.model, WaveNetConfig):
-            self._prime()
+            self._prime(self._codes)
         window_end = start + self.config.context_samples
         count = min(count, CHUNK_SAMPLES, window_end - self.position)
-        if given is not None:
-            given = np.concatenate([given, given[:1].repeat(self._rows - self.num, 0)])
-        codes, log_probs = self._advance(given, count)
-        if not np.isfinite(log_probs).all():
-            raise UserError(
-                f"the model's log-probabilities are not numbers before sample {self.position}: "
-                "its parameters are damaged; use another --step"
-            )
-        return codes[: self.num], log_probs[: self.num]
+        return self._advance(given, count)
 
     def _advance(self, given: np.ndarray | None, count: int) -> tuple[np.ndarray, np.ndarray]:
         """At most `count` samples of all rows, which are `given` or drawn."""
@@ -214,6 +160,3 @@ class RecurrentSampler:
         begin = (state, previous, given, jnp.zeros((rows, chunk)))
         state, _, codes, log_probs = lax.fori_loop(0, count, sample, begin)
         return state, codes, log_probs
-
-
-Streams = Sampler | RecurrentSampler

@@ -35,7 +35,7 @@ def by_hand(waveform: np.ndarray, first: int) -> np.ndarray:
 
 
 def test_predictions_equal_normal_equations_solved_by_hand(waveform, monkeypatch):
-    monkeypatch.setattr(adaptive, "CPU_BLOCKS_AT_ONCE", 4)  # and a remainder
+    monkeypatch.setattr(adaptive, "CPU_TAPS_AT_ONCE", 64)  # and a remainder
     got = jax.jit(PREDICTORS.predict, static_argnums=1)(waveform[:, :-7], FIRST)
     np.testing.assert_allclose(got, by_hand(waveform[:, :-7], FIRST), atol=3e-5)
     errors = np.square(got - waveform[:, FIRST:-7, None]).mean((0, 1))

@@ -21,9 +21,9 @@ from patchwave_jax.baseline import picked
 from patchwave_jax.config import Config, RunConfig, TrainConfig, from_config_dict, to_config_dict
 from patchwave_jax.data.index import open_split
 from patchwave_jax.errors import UserError
+from patchwave_jax.knobs import Knobs
 from patchwave_jax.optimizer import make_optimizer
 from patchwave_jax.recurrent import RecurrentSampler
-from patchwave_jax.sampler import Knobs
 from patchwave_jax.sashimi import SaShiMiConfig, s4_parameters
 from patchwave_jax.step import graphdef_and_params, make_model, make_step
 

@@ -18,7 +18,8 @@ from patchwave_jax import agreement, preview, quantisers, sampler, sliding
 from patchwave_jax.adaptive import Prediction
 from patchwave_jax.config import Config, DataConfig, ModelConfig, RunConfig
 from patchwave_jax.errors import UserError
-from patchwave_jax.sampler import Knobs, Sampler
+from patchwave_jax.knobs import Knobs
+from patchwave_jax.sampler import Sampler
 
 OURS = dataclasses.replace(SMALL, input="embedding", skip_connections=True, head="logistic_mixture")
 OTHER_PATCH = dataclasses.replace(
