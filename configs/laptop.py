@@ -3,7 +3,7 @@
 python -m patchwave_jax.train --config=configs/laptop.py --workdir=DIR \\
     --config.data.dataset=audio_folder --config.data.data_dir=DIR
 
-On PianoMix (docs/results.md): 2.2393 bits per sample on validation (mulaw, context up to 16,000).
+On PianoMix (docs/results.md): 2.1695 bits per sample on validation (mulaw, context up to 32,000).
 """
 
 from patchwave_jax import recipes

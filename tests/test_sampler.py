@@ -301,8 +301,8 @@ def test_check_fails_if_generation_is_wrong(monkeypatch):
     config, _, params = make(SMALL)
     prime = Sampler._prime
 
-    def wrong(self):
-        prime(self)
+    def wrong(self, codes):
+        prime(self, codes)
         assert self._state is not None
         caches = [jnp.roll(x, 1, 0) for x in self._state.caches]
         self._state = self._state._replace(caches=caches)
