@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from patchwave_jax import recipes, train
-from patchwave_jax.config import Config, DataConfig, from_config_dict, to_config_dict
+from patchwave_jax.config import Config, DataConfig
+from patchwave_jax.config_dict import from_config_dict, to_config_dict
 from patchwave_jax.errors import UserError, exits_cleanly
 
 NO_ADAPTIVE: dict[str, Any] = {"model.adaptive_taps": (), "model.adaptive_windows": ()}

@@ -6,7 +6,8 @@ On two CPU cores: 2.7 minutes, 1.7064 bits per sample on validation (mulaw, cont
 """
 
 from patchwave_jax import recipes
-from patchwave_jax.config import DataConfig, to_config_dict
+from patchwave_jax.config import DataConfig
+from patchwave_jax.config_dict import to_config_dict
 
 
 def get_config(arg: str = ""):

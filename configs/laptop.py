@@ -7,7 +7,8 @@ On PianoMix (docs/results.md): 2.1695 bits per sample on validation (mulaw, cont
 """
 
 from patchwave_jax import recipes
-from patchwave_jax.config import DataConfig, to_config_dict
+from patchwave_jax.config import DataConfig
+from patchwave_jax.config_dict import to_config_dict
 
 
 def get_config(arg: str = ""):

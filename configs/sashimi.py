@@ -11,7 +11,7 @@ brought nothing. Add --config.data.quantiser=sashimi for the published codes, an
 """
 
 from patchwave_jax import recipes
-from patchwave_jax.config import to_config_dict
+from patchwave_jax.config_dict import to_config_dict
 from patchwave_jax.errors import UserError
 from patchwave_jax.sashimi import SaShiMiConfig
 

@@ -31,11 +31,11 @@ from patchwave_jax.agreement import check
 from patchwave_jax.data import audio
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.interrupts import stop_requested
 from patchwave_jax.outputs import Outputs, write_wav
 from patchwave_jax.prompts import Settings, encode, open_data, read_prompts
 from patchwave_jax.sampler import Streams
 from patchwave_jax.step import keep_compilations
-from patchwave_jax.train import stop_requested
 
 REPORT_SECONDS = 10.0  # between lines of progress
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from patchwave_jax import chips, train
+from patchwave_jax import chips
 from patchwave_jax.ahead import (
     DoesNotFitError,
     Program,
@@ -28,6 +28,7 @@ from patchwave_jax.ahead import (
     roofline,
 )
 from patchwave_jax.chips import GIB
+from patchwave_jax.command_line import parse
 from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError, exits_cleanly
 from patchwave_jax.flops import useful_flops
@@ -212,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.topology:
         raise UserError("--topology is missing: the machine to plan for, such as v5e-16")
     given = [f"--config={args.config}"] if args.config else []
-    config, *_ = train.parse([sys.argv[0], *given, *rest])
+    config, *_ = parse([sys.argv[0], *given, *rest], __doc__)
     jax.config.update("jax_platforms", "cpu")  # no device here is wanted, only compilers
     name = " ".join([str(args.config), *(x.removeprefix("--config.") for x in rest)])
     try:

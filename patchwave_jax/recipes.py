@@ -5,15 +5,8 @@ from typing import Any
 
 import ml_collections
 
-from patchwave_jax.config import (
-    Baseline,
-    Config,
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-    to_config_dict,
-)
+from patchwave_jax.config import Baseline, Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from patchwave_jax.config_dict import to_config_dict
 from patchwave_jax.errors import UserError
 
 NO_DROPOUT: Any = {

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from patchwave_jax.config import MODELS, Config, ModelConfig, from_config_dict
+from patchwave_jax.config import MODELS, Config, ModelConfig
+from patchwave_jax.config_dict import from_config_dict
 from patchwave_jax.errors import UserError
 
 

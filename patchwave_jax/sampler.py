@@ -5,6 +5,7 @@ The windows are those of `patchwave_jax.sliding`: the context grows to `N` patch
 change: a causal model is primed again from its codes, a bidirectional one's encodings move up.
 """
 
+import abc
 import functools
 from typing import Any
 
@@ -26,7 +27,7 @@ CHUNK_SAMPLES = 800  # made by one call of the compiled loop
 SHOWN_TOKENS = 128  # a growing window is compiled anew for every so many tokens
 
 
-class Streams:
+class Streams(abc.ABC):
     """Streams of samples from one model, all at the same position of their clips."""
 
     def __init__(
@@ -65,13 +66,13 @@ class Streams:
     def _slide_samples(self) -> int:
         return self.stride_patches * self.config.patch_samples
 
+    @abc.abstractmethod
     def rewind(self, position: int, first: int) -> int:
         """Where a run that began at `first` is to be taken up so as to be at `position` again.
 
         Priming there with the codes before it, and running with the codes after it, repeats the
         run's own computations from there on, so that the state is the same to the last bit.
         """
-        raise NotImplementedError
 
     def prime(self, tail: UInt8[np.ndarray, "B T"], position: int) -> None:
         """Puts the streams before their samples at `position`; `tail` are the codes before it.
@@ -87,13 +88,13 @@ class Streams:
         """With the first stream's repeated for rows that only fill the devices."""
         return np.concatenate([codes, codes[:1].repeat(self._rows - self.num, 0)])
 
+    @abc.abstractmethod
     def _prime(self, codes: UInt8[np.ndarray, "R T"]) -> None:
         """Makes the state at `position` from the `codes` before it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def state_bytes(self) -> int:
         """Size of all streams' state."""
-        raise NotImplementedError
 
     def run(
         self, count: int = CHUNK_SAMPLES, given: UInt8[np.ndarray, "B C"] | None = None
@@ -120,11 +121,11 @@ class Streams:
             )
         return codes[: self.num], log_probs[: self.num]
 
+    @abc.abstractmethod
     def _next(
         self, count: int, given: UInt8[np.ndarray, "R C"] | None
     ) -> tuple[UInt8[np.ndarray, "R C"], Float32[np.ndarray, "R C"]]:
         """What `run` gives, of all rows."""
-        raise NotImplementedError
 
 
 def sum_bytes(shapes: Any) -> int:

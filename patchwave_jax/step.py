@@ -77,7 +77,8 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     train, shares, shards = config.train, mesh.shape["data"], context_shards(config, mesh)
     if train.batch_size % shares:
         raise UserError(
-            f"config.train.batch_size {train.batch_size} is not a multiple of {shares} devices"
+            f"config.train.batch_size {train.batch_size} is not a multiple of {shares} devices: "
+            f"try --config.train.batch_size={-(-train.batch_size // shares) * shares}"
         )
     rows_each = train.batch_size // shares
     rows_each = largest_divisor(rows_each, train.micro_batch_size or rows_each)

@@ -7,18 +7,16 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags, logging
+from absl import logging
 from flax import nnx
-from ml_collections import config_flags
 
 from patchwave_jax import (
     distributed,
@@ -33,13 +31,15 @@ from patchwave_jax import (
     yardsticks,
 )
 from patchwave_jax.checkpoint import Checkpoints
-from patchwave_jax.config import Config, ModelConfig, from_config_dict
+from patchwave_jax.command_line import parse
+from patchwave_jax.config import Config, ModelConfig
 from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.data.remote import require_folder
 from patchwave_jax.data.windows import Windows, batches, clips
 from patchwave_jax.errors import UserError, exits_cleanly, names_file
+from patchwave_jax.interrupts import stop_requested
 from patchwave_jax.lock import Lock
 from patchwave_jax.log import Log
 from patchwave_jax.mesh import make_mesh
@@ -57,10 +57,6 @@ PAPER_PARAMETERS: dict[type, str] = {
     SampleRNNConfig: "35.03M",
     SaShiMiConfig: "4.05M with 8 layers, 3.13M with 6",
 }
-_CONFIGS = (
-    "configs/demo.py, laptop.py, ctx128k.py, ctx512k.py, ctx1m.py (or ctx128k.py:dense ...), "
-    "wavenet.py, samplernn.py, sashimi.py"
-)
 
 
 def train(
@@ -265,29 +261,6 @@ def finds_nans(wanted: bool) -> Iterator[None]:
         raise UserError(f"{place}: {str(error).splitlines()[0]}") from error
 
 
-@contextlib.contextmanager
-def stop_requested(shared: bool = False) -> Iterator[Callable[[], bool]]:
-    """Within it, a first SIGTERM or Ctrl-C only makes the yielded function say True.
-
-    If it is `shared`, JAX hears SIGTERM, for `distributed.stop_agreed`; Ctrl-C becomes one.
-    """
-    received: list[int] = []
-    signals = (signal.SIGINT,) if shared else (signal.SIGTERM, signal.SIGINT)
-
-    def note(number: int, _: object) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-        if shared:
-            signal.raise_signal(signal.SIGTERM)
-
-    before = [signal.signal(number, note) for number in signals]
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
-
-
 def write_config(config: Config, workdir: str | os.PathLike[str]) -> None:
     """Puts the configuration beside the checkpoints, for people to read."""
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
@@ -318,58 +291,12 @@ def closing_words(
     return "\n".join(lines)
 
 
-def parse(argv: list[str]) -> tuple[Config, str, trace.Steps | None]:
-    """The configuration, the working directory and the traced steps a command line asks for."""
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "A file of configs/, such as configs/ctx128k.py:dense. Its fields, listed in "
-        "patchwave_jax/config.py, are set like this: --config.train.batch_size=8.",
-        flag_values=values,
-        sys_argv=argv,
-    )
-    workdir = flags.DEFINE_string(
-        "workdir", None, "Where the run lives; default: runs/CONFIG.", flag_values=values
-    )
-    profile_steps = flags.DEFINE_string(
-        "profile_steps",
-        None,
-        "FIRST:LAST, such as 10:13: steps to trace into WORKDIR/profile, for TensorBoard or XProf.",
-        flag_values=values,
-    )
-    wants_help = flags.DEFINE_bool("help", False, "Show this.", flag_values=values)
-    try:
-        rest = values(argv)[1:]
-        if wants_help.value:
-            print(f"{__doc__}\n{values.get_help()}")
-            sys.exit()
-        tree = config.value
-        if tree is not None:
-            tree.to_dict()  # a file that can't be loaded tells it when it is asked
-    except Exception as error:  # of absl, of ml_collections, or of the file itself
-        given = [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
-        name = given[-1].split(":")[0] if given else ""
-        if isinstance(error, OSError) and not Path(name).is_file():
-            told = f"--config={name} is no file; those that come along: {_CONFIGS}"
-            raise UserError(told) from error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        told = " ".join(lines if len(lines) < 4 else lines[-1:]) or type(error).__name__
-        raise UserError(f"--config: {told}; see --help") from error
-    if rest:
-        raise UserError(f"unknown argument {rest[0]!r}; see --help")
-    if tree is None:
-        raise UserError(f"--config is missing; those that come along: {_CONFIGS}")
-    name = Path(values["config"].config_filename).stem  # pyright: ignore
-    steps = trace.parse(profile_steps.value) if profile_steps.value is not None else None
-    return from_config_dict(tree), workdir.value or f"runs/{name}", steps
-
-
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     """`argv` holds the flags only, as for the other commands."""
     logging.set_verbosity(logging.WARNING)  # orbax tells a lot
-    train(*parse([sys.argv[0], *(sys.argv[1:] if argv is None else argv)]))
+    given = sys.argv[1:] if argv is None else argv
+    train(*parse([sys.argv[0], *given], __doc__))
 
 
 if __name__ == "__main__":

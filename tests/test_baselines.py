@@ -18,7 +18,8 @@ from test_baseline_models import SAMPLERNN, WAVENET
 
 from patchwave_jax import agreement, evaluate, generate, measure, report, score, sliding, train
 from patchwave_jax.baseline import picked
-from patchwave_jax.config import Config, RunConfig, TrainConfig, from_config_dict, to_config_dict
+from patchwave_jax.config import Config, RunConfig, TrainConfig
+from patchwave_jax.config_dict import from_config_dict, to_config_dict
 from patchwave_jax.data.index import open_split
 from patchwave_jax.errors import UserError
 from patchwave_jax.knobs import Knobs

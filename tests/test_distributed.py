@@ -16,7 +16,7 @@ from test_train import metrics
 
 from patchwave_jax import distributed, evaluate
 from patchwave_jax.checkpoint import Checkpoints
-from patchwave_jax.config import from_config_dict
+from patchwave_jax.config_dict import from_config_dict
 from patchwave_jax.errors import UserError
 from patchwave_jax.train import train
 

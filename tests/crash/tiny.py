@@ -4,7 +4,8 @@ import dataclasses
 
 from conftest import SMALL
 
-from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig, to_config_dict
+from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
+from patchwave_jax.config_dict import to_config_dict
 
 
 def get_config(arg: str = ""):

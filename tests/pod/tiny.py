@@ -1,13 +1,7 @@
 """A training of seconds, for several processes: imports nothing that starts JAX."""
 
-from patchwave_jax.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-    to_config_dict,
-)
+from patchwave_jax.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from patchwave_jax.config_dict import to_config_dict
 from patchwave_jax.recipes import NO_DROPOUT
 
 
