@@ -40,9 +40,6 @@ def parse(argv: list[str], about: str | None) -> tuple[Config, str, trace.Steps 
     wants_help = flags.DEFINE_bool("help", False, "Show this.", flag_values=values)
     try:
         rest = values(argv)[1:]
-        if wants_help.value:
-            print(f"{about}\n{values.get_help()}")
-            sys.exit()
         tree = config.value
         if tree is not None:
             tree.to_dict()  # a file that can't be loaded tells it when it is asked
@@ -55,6 +52,9 @@ def parse(argv: list[str], about: str | None) -> tuple[Config, str, trace.Steps 
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         told = " ".join(lines if len(lines) < 4 else lines[-1:]) or type(error).__name__
         raise UserError(f"--config: {told}; see --help") from error
+    if wants_help.value:
+        print(f"{about}\n{values.get_help()}")
+        sys.exit()
     if rest:
         raise UserError(f"unknown argument {rest[0]!r}; see --help")
     if tree is None:
