@@ -52,6 +52,7 @@ CHOICES: dict[str, dict[str, Any]] = {
         "model.filters": (32, 32, 32, 32),
         "model.readout_width": 512,
     },
+    "one layer, heads of 16": {"model.num_layers": 1, "model.head_size": 16},
     "twice the readout": {"model.readout_width": 512},
 }
 VARIANTS = PARTS | CHOICES
