@@ -33,6 +33,12 @@ PARTS: dict[str, dict[str, Any]] = {
     "no skip connections": {"model.skip_connections": False},
     "waveform, no embedding": {"model.input": "waveform"},
     "no Transformer": {"model.num_layers": 0},
+    "no adaptive predictors, no skip connections": {
+        **NO_ADAPTIVE,
+        "model.skip_connections": False,
+    },
+    "no adaptive predictors, waveform": {**NO_ADAPTIVE, "model.input": "waveform"},
+    "no adaptive predictors, no Transformer": {**NO_ADAPTIVE, "model.num_layers": 0},
     "bfloat16": BFLOAT16,
     "no adaptive predictors, softmax, bfloat16": {**SOFTMAX, **BFLOAT16},
 }
