@@ -40,7 +40,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "no adaptive predictors, waveform": {**NO_ADAPTIVE, "model.input": "waveform"},
     "no adaptive predictors, no Transformer": {**NO_ADAPTIVE, "model.num_layers": 0},
     "bfloat16": BFLOAT16,
-    "no adaptive predictors, softmax, bfloat16": {**SOFTMAX, **BFLOAT16},
+    "no adaptive predictors, bfloat16": {**NO_ADAPTIVE, **BFLOAT16},
 }
 CHOICES: dict[str, dict[str, Any]] = {
     "five predictors, 16 to 512 taps": {
