@@ -50,16 +50,13 @@ CHOICES: dict[str, dict[str, Any]] = {
     "learning rate 2e-3": {"train.learning_rate": 2e-3, "train.final_learning_rate": 2e-5},
     "learning rate 8e-3": {"train.learning_rate": 8e-3, "train.final_learning_rate": 8e-5},
     "constant learning rate": {"train.schedule": "drop", "train.decay_steps": 10**6},
-    "no warm-up": {"train.warmup_steps": 0},
     "weight decay 0.1": {"train.weight_decay": 0.1},
-    "beta2 0.95": {"train.beta2": 0.95},
     "every second target of two rows": {"train.batch_size": 2, "train.hop": 2},
     "half the filters, twice the readout": {
         "model.filters": (32, 32, 32, 32),
         "model.readout_width": 512,
     },
     "one layer, heads of 16": {"model.num_layers": 1, "model.head_size": 16},
-    "twice the readout": {"model.readout_width": 512},
 }
 VARIANTS = PARTS | CHOICES
 
