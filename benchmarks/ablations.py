@@ -19,7 +19,6 @@ from patchwave_jax.config_dict import from_config_dict, to_config_dict
 from patchwave_jax.errors import UserError, exits_cleanly
 
 NO_ADAPTIVE: dict[str, Any] = {"model.adaptive_taps": (), "model.adaptive_windows": ()}
-SOFTMAX: dict[str, Any] = {**NO_ADAPTIVE, "model.head": "softmax"}
 BFLOAT16: dict[str, Any] = {"model.compute_dtype": "bfloat16"}
 RECIPE = "all parts"
 PARTS: dict[str, dict[str, Any]] = {
@@ -29,7 +28,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "model.adaptive_windows": (6_144,),
     },
     "no adaptive predictors": NO_ADAPTIVE,
-    "no adaptive predictors, softmax": SOFTMAX,
+    "no adaptive predictors, softmax": {**NO_ADAPTIVE, "model.head": "softmax"},
     "no skip connections": {"model.skip_connections": False},
     "waveform, no embedding": {"model.input": "waveform"},
     "no Transformer": {"model.num_layers": 0},
