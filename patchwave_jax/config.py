@@ -113,6 +113,7 @@ class RunConfig:
     phase_chunk: int = 0  # phases the Transformer runs at once; 0: chosen for the memory
     encode_chunk_patches: int = 0  # patches the dense encoder runs at once; 0: chosen
     context_devices: int = 1  # that share each row of a batch ('dense' only); for long contexts
+    shard_parameters: bool = False  # split them and their moments over all devices; larger models
     debug_nans: bool = False  # stop at the operation that makes a NaN; slow
 
 

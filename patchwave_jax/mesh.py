@@ -1,7 +1,7 @@
 """The mesh of devices, and how arrays lie on it.
 
 It has the axis `data`, over which a batch's rows are split, and may have `context`, whose devices
-share each row (see `patchwave_jax.context`). The parameters are replicated.
+share each row (see `patchwave_jax.context`). Parameters are replicated, or split over all devices.
 """
 
 from collections.abc import Sequence
@@ -63,6 +63,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def by_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def by_longest_axis(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Split over all devices along the longest axis that they divide, or replicated if none is."""
+    divided = [axis for axis, size in enumerate(shape) if size % mesh.size == 0]
+    if not divided:
+        return replicated(mesh)
+    axis = max(divided, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
 
 
 def one_device(mesh: Mesh) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 
 from patchwave_jax.config import MODELS, Config, ModelConfig
 from patchwave_jax.config_dict import from_config_dict
+from patchwave_jax.distributed import fetch
 from patchwave_jax.errors import UserError
 
 
@@ -80,7 +81,7 @@ def described(trees: dict[str, Any]) -> dict[str, list[Any]]:
     """Dtype, shape and SHA-256 of every array by its name."""
     hashes = (
         hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
-        for x in jax.device_get(jax.tree.leaves(trees))
+        for x in fetch(jax.tree.leaves(trees))
     )
     named = layout(trees).items()
     return {name: [*known, found] for (name, known), found in zip(named, hashes, strict=True)}

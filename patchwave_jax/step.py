@@ -20,7 +20,7 @@ from patchwave_jax.config import Config
 from patchwave_jax.distributed import place_rows
 from patchwave_jax.errors import UserError
 from patchwave_jax.memory import choose_chunks, largest_divisor
-from patchwave_jax.mesh import by_rows, context_shards, one_device, replicated
+from patchwave_jax.mesh import by_longest_axis, by_rows, context_shards, one_device, replicated
 from patchwave_jax.model import PatchWave
 from patchwave_jax.optimizer import make_optimizer
 
@@ -62,6 +62,7 @@ class Step:
     abstract_state: State  # shapes, dtypes and shardings
     init: Callable[[], State]
     update: Callable[[State, UInt8[np.ndarray, "B T"]], tuple[State, dict[str, Any]]]
+    whole: Callable[[Any], Any]  # parameters on every device, where `update` keeps them split
     accumulate: Any  # jitted
     apply: Any  # jitted
     micro_batch: tuple[int, int]  # rows over all devices, and how many of them are a batch
@@ -143,6 +144,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
 
     def accumulate(total: Any, params: Any, carry: Any, codes: Any, step: Array, index: int) -> Any:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
+        params = lax.with_sharding_constraint(params, everywhere)
         split = jax.tree.map(lambda x: x.reshape(rows, count, *x.shape[1:]), carry)
         own = jax.tree.map(lambda x: x[:, index], split)
         (nats, (row_nats, own)), piece = gradient(
@@ -172,25 +174,29 @@ def make_step(config: Config, mesh: Mesh) -> Step:
 
     everywhere = replicated(mesh)
     shapes = jax.eval_shape(init)
-    layouts = jax.tree.map(lambda _: everywhere, shapes)
+    layouts = jax.tree.map(
+        lambda x: by_longest_axis(mesh, x.shape) if config.run.shard_parameters else everywhere,
+        shapes,
+    )
     if "carry" in shapes:
         layouts["carry"] = jax.tree.map(lambda _: by_rows(mesh), shapes["carry"])
     abstract_state = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, layouts
     )
+    summed = (everywhere, layouts["params"])
     zeros = jax.jit(
         lambda: jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), (jnp.float32(0), abstract_state["params"])
         ),
-        out_shardings=everywhere,
+        out_shardings=summed,
     )
     carried = layouts.get("carry", ())
-    shardings = (everywhere, everywhere, carried, by_rows(mesh), everywhere, None)
+    shardings = (summed, layouts["params"], carried, by_rows(mesh), everywhere, None)
     donated = () if config.run.debug_nans else (0,)  # JAX repeats a call to find the NaN in it
     accumulate = jax.jit(
         accumulate,
         in_shardings=shardings,
-        out_shardings=(everywhere, everywhere if mapped else by_rows(mesh), carried),
+        out_shardings=(summed, everywhere if mapped else by_rows(mesh), carried),
         donate_argnums=donated,
     )
     apply = jax.jit(apply, out_shardings=(layouts, everywhere), donate_argnums=donated)
@@ -215,6 +221,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
         abstract_state=abstract_state,
         init=jax.jit(init, out_shardings=layouts),
         update=update,
+        whole=jax.jit(lambda params: params, out_shardings=everywhere),
         accumulate=accumulate,
         apply=apply,
         micro_batch=(rows, count),

@@ -145,7 +145,7 @@ def train(
                     continue  # what is due waits for a finite loss: it tells that the state is good
                 validation = None
                 if evaluating:  # though it is to stop: the next start could not make up for it
-                    tally = measure.measure(evaluator, state["params"], targets)
+                    tally = measure.measure(evaluator, step.whole(state["params"]), targets)
                     result = measure.result(tally, targets)
                     log.write(done, "validation", dataclasses.asdict(result))
                     validation = result.nll_nats
@@ -169,8 +169,10 @@ def train(
                         validation_nats=validation,
                     )
                 sampling = run.sample_every_steps > 0 and done % run.sample_every_steps == 0
-                if sampling and not stop and distributed.is_first():
-                    log.clips(done, preview.make(config, state["params"], workdir, done, stopping))
+                if sampling and not stop:
+                    params = step.whole(state["params"])
+                    if distributed.is_first():
+                        log.clips(done, preview.make(config, params, workdir, done, stopping))
                 if saving or sampling:
                     clock, timed = time.monotonic(), done
                 evaluating, saving = False, False

@@ -28,6 +28,11 @@ def data(tmp_path_factory) -> str:
     return str(make_data(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data")))
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
 class Pair:
     """Two processes that run one command together. A context manager that leaves none behind."""
 
@@ -80,14 +85,14 @@ class Pair:
         return [process.communicate(timeout=seconds)[0] for process in self.processes]
 
 
-def test_two_processes_go_one_way_and_one_goes_on(data, tmp_path):
-    """Stopped by a signal to one, gone on with rows over all devices, killed, gone on by one."""
-    workdir, cache = tmp_path / "disturbed", tmp_path / "cache"
+def test_two_processes_go_one_way_and_one_goes_on(data, cache, tmp_path):
+    """Parameters split, a signal to one; rows over all devices, one killed; gone on by one."""
+    workdir = tmp_path / "disturbed"
     command = ["-m", "patchwave_jax.train", f"--config={HERE / 'pod/tiny.py'}"]
     command += [f"--workdir={workdir}", f"--config.data.data_dir={data}"]
     command += ["--config.train.num_steps=100_000"]
 
-    with Pair(cache, *command) as pair:
+    with Pair(cache, *command, "--config.run.shard_parameters=True") as pair:
         pair.wait_for_row(workdir, 5)  # a validation and a checkpoint lie behind
         pair.processes[1].send_signal(signal.SIGTERM)
         outputs = pair.finish(120)
@@ -116,13 +121,24 @@ def test_two_processes_go_one_way_and_one_goes_on(data, tmp_path):
     assert disturbed == pytest.approx({key: straight[key] for key in disturbed}, rel=1e-5)
 
 
-def test_other_commands_of_two_processes(data, tmp_path):
+@pytest.mark.parametrize("silent", [0, 1])
+def test_one_that_falls_silent_ends_the_other(silent, data, cache, tmp_path):
+    command = [str(HERE / "pod/impatient.py"), f"--config={HERE / 'pod/tiny.py'}"]
+    command += [f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={data}"]
+    command += ["--config.train.num_steps=100_000"]
+    with Pair(cache, *command) as pair:
+        pair.wait_for_row(tmp_path / "run", 1)
+        pair.processes[silent].send_signal(signal.SIGSTOP)
+        assert pair.processes[1 - silent].wait(100) != 0
+
+
+def test_other_commands_of_two_processes(data, cache, tmp_path):
     config = get_config()
     config.data.data_dir = data
     workdir = make_run(tmp_path / "run", from_config_dict(config))
     asked = f"--workdir={workdir} --max_targets=1000"
     with Pair(
-        tmp_path / "cache",
+        cache,
         str(HERE / "pod/commands.py"),
         f"evaluate {asked} --json={tmp_path / 'two.json'}",
         f"generate --workdir={workdir} --seconds=0.01 --out={tmp_path / 'clips'}",

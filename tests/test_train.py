@@ -19,6 +19,7 @@ from small_run import make_data
 
 from patchwave_jax import expected
 from patchwave_jax import train as train_module
+from patchwave_jax.ahead import held_bytes
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
 from patchwave_jax.data import manifest
@@ -93,7 +94,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(objective, data_d
 def test_eight_devices_then_four(data_dir, tmp_path, monkeypatch):
     """What is restored is bit for bit what eight devices saved; going on differs by rounding."""
     config = small(data_dir)
-    halfway = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=2))
+    halfway = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, num_steps=2),
+        run=dataclasses.replace(config.run, shard_parameters=True),
+    )
     train(config, tmp_path / "straight")
     train(halfway, tmp_path / "resumed")
     saved = final_state(halfway, tmp_path / "resumed")
@@ -116,10 +121,18 @@ def test_one_device_equals_eight_and_micro_batches_equal_the_whole(objective):
     config = dataclasses.replace(small(), objective=objective, model=plain)
     codes = random_codes(16, config.window_samples)
     got = []
-    for devices, rows in ((1, 0), (8, 0), (4, 2), (1, 5)):
+    for devices, rows, split in (
+        (1, 0, False),
+        (8, 0, False),
+        (4, 2, False),
+        (1, 5, False),
+        (8, 1, True),
+    ):
         recipe = dataclasses.replace(config.train, batch_size=16, micro_batch_size=rows)
-        step = make_step(dataclasses.replace(config, train=recipe), mesh_of(devices))
+        run = dataclasses.replace(config.run, shard_parameters=split)
+        step = make_step(dataclasses.replace(config, train=recipe, run=run), mesh_of(devices))
         state, values = step.update(step.init(), codes)
+        assert (held_bytes(state) < held_bytes(step.whole(state)) / 5) == split
         got.append(jax.device_get((values, state["params"])))
     for values, params in got[1:]:
         np.testing.assert_allclose(values["nll_nats"], got[0][0]["nll_nats"], rtol=1e-5)
