@@ -27,6 +27,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "model.adaptive_taps": (256,),
         "model.adaptive_windows": (6_144,),
     },
+    "no denoiser": {"model.denoiser_taps": 0, "model.denoiser_window": 0},
     "no adaptive predictors": NO_ADAPTIVE,
     "no adaptive predictors, softmax": {**NO_ADAPTIVE, "model.head": "softmax"},
     "no skip connections": {"model.skip_connections": False},

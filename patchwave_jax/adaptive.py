@@ -5,8 +5,9 @@ faster than gradient descent in a network could. So the mixture head may be give
 predictors of different orders and memories. Each is fitted before every block of `block_samples`
 samples to the newest `window` samples (tapered autocorrelation, Schur's recursion) and predicts
 the samples of the block. The network is told what each predicts and how wrong each was lately, in
-units of a tracked error scale, and learns whom to trust. Nothing here has parameters: predictions
-are a function of the codes, of the past only, and of where the blocks begin.
+units of a tracked error scale, and learns whom to trust. What they are fitted to and read may be
+freed of the quantiser's noise first (`patchwave_jax.denoiser`). Nothing here has parameters:
+predictions are a function of the codes, of the past only, and of where the blocks begin.
 
 A block begins at every `block_samples`-th sample of a patch, so the two forms of the model agree
 once the patch form is told how far into its block the target is (its `age`). That holds for targets
@@ -17,23 +18,18 @@ Dimensions as in `patchwave_jax.model`; `K` taps, `J` predictors, `C` features.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, UInt8
-from scipy.fft import next_fast_len
 
 from patchwave_jax import quantisers
+from patchwave_jax.autoregression import fit, map_blocks
 from patchwave_jax.config import ModelConfig
+from patchwave_jax.denoiser import Denoiser
 
-RIDGE = 2e-7  # of the window's energy, for each tap
-FLOOR = 1e-9  # energy added for each sample, about the rounding noise of the finest mu-law bins
-FALL_SAMPLES = 32  # of the newest, where the window falls to zero
-BLOCKS_AT_ONCE = 512  # bounds memory, changes no result
-CPU_TAPS_AT_ONCE = 16_384  # as many as a CPU's caches hold
 LAGS = 16  # newest errors of each predictor that the network is told
 ERROR_SPANS = (8, 32, 128)  # samples that its mean squared error is told over
 LIMIT = 8.0  # of features that are in units of the error scale
@@ -55,11 +51,15 @@ class Predictors:
     taps: tuple[int, ...]
     windows: tuple[int, ...]  # samples each is fitted to
     block_samples: int
+    denoiser: Denoiser | None = None  # None: they read the codes as they are
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Predictors":
         """Those that a model is configured with."""
-        return cls(config.adaptive_taps, config.adaptive_windows, config.adaptive_block_samples)
+        taps, block, denoiser = config.denoiser_taps, config.adaptive_block_samples, None
+        if taps:
+            denoiser = Denoiser(taps, config.denoiser_window, block)
+        return cls(config.adaptive_taps, config.adaptive_windows, block, denoiser)
 
     def __bool__(self) -> bool:
         return bool(self.taps)
@@ -77,14 +77,20 @@ class Predictors:
         return -(-max(ERROR_SPANS) // self.block_samples) * self.block_samples
 
     @property
+    def read_samples(self) -> int:
+        """Samples before a block that the predictors read: whole blocks."""
+        return -(-max(self.windows, default=0) // self.block_samples) * self.block_samples
+
+    @property
     def reach_samples(self) -> int:
         """Samples before the first of a block that matter for the predictions in it."""
-        return self.memory_samples + max(self.windows, default=0)
+        behind = self.denoiser.reach_samples if self.denoiser else 0
+        return self.memory_samples + self.read_samples + behind
 
     def coefficients(self, waveform: Float32[Array, "B T"]) -> list[Float32[Array, "B K"]]:
         """Of each predictor, fitted to the newest samples; the newest sample's tap first."""
         return [
-            _fit(waveform[:, waveform.shape[1] - window :], taps)
+            fit(waveform[:, waveform.shape[1] - window :], taps)[0]
             for taps, window in zip(self.taps, self.windows, strict=True)
         ]
 
@@ -95,36 +101,53 @@ class Predictors:
         pairs = zip(coefficients, newest, strict=True)
         return jnp.stack([(past[:, ::-1] * fitted).sum(1) for fitted, past in pairs], -1)
 
-    def predict(self, waveform: Float32[Array, "B T"], first: int) -> Float32[Array, "B T-first J"]:
+    def denoise(
+        self, waveform: Float32[Array, "B T"], noise: Float32[Array, "B T"], first: int
+    ) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
+        """The samples as the predictors read them, from `first` on, where a block begins.
+
+        Returns:
+          Of the sample before each: what is believed when the next is predicted, and from then on.
+        """
+        if not self.denoiser:
+            before = jnp.pad(waveform[:, :-1], ((0, 0), (1, 0)))
+            return before, before
+        given = jnp.pad(waveform[:, : first - 1], ((0, 0), (1, 0)))
+        newest, kept = self.denoiser.denoise(waveform, noise, first)
+        return jnp.concatenate([given, newest], 1), jnp.concatenate([given, kept], 1)
+
+    def predict(
+        self, waveform: Float32[Array, "B T"], noise: Float32[Array, "B T"], first: int
+    ) -> Float32[Array, "B T-first J"]:
         """Predictions of the samples from `first` on, where a block begins.
 
-        Before it there must be at least as many samples as the longest window.
+        Before it there must be `reach_samples`, less `memory_samples`.
         """
-        block = self.block_samples
-        count = waveform.shape[1] - first
+        block, count = self.block_samples, waveform.shape[1] - first
         blocks = -(-count // block)
-        padded = jnp.pad(waveform, ((0, 0), (0, blocks * block - count)))
+        padding = ((0, 0), (0, blocks * block - count))
+        newest, kept = self.denoise(
+            jnp.pad(waveform, padding), jnp.pad(noise, padding), first - self.read_samples
+        )
         starts = first + block * jnp.arange(blocks)
         predicted = []
         for taps, window in zip(self.taps, self.windows, strict=True):
 
             def of_block(start: Array, taps: int = taps, window: int = window) -> Array:
-                fitted = _fit(lax.dynamic_slice_in_dim(padded, start - window, window, 1), taps)
-                piece = lax.dynamic_slice_in_dim(padded, start - taps, taps + block, 1)
+                # Of the samples before one, the newest is not yet what will be kept of it.
+                before = lax.dynamic_slice_in_dim(kept, start - window + 1, window, 1)
+                fitted, _ = fit(before.at[:, -1].set(newest[:, start]), taps)
+                piece = lax.dynamic_slice_in_dim(kept, start - taps + 1, taps + block - 2, 1)
 
                 def add(k: Array, total: Array) -> Array:
                     past = lax.dynamic_slice_in_dim(piece, taps - 1 - k, block, 1)
                     return total + lax.dynamic_slice_in_dim(fitted, k, 1, 1) * past
 
-                return lax.fori_loop(0, taps, add, jnp.zeros_like(piece[:, :block]), unroll=16)
+                total = fitted[:, :1] * lax.dynamic_slice_in_dim(newest, start, block, 1)
+                return lax.fori_loop(1, taps, add, total, unroll=16)
 
-            rows = max(1, CPU_TAPS_AT_ONCE // (taps * waveform.shape[0]))
-            made = lax.platform_dependent(
-                starts,
-                cpu=functools.partial(lax.map, of_block, batch_size=rows),
-                default=functools.partial(lax.map, of_block, batch_size=BLOCKS_AT_ONCE),
-            )  # [n, B, block]
-            predicted.append(jnp.moveaxis(made, 1, 0).reshape(padded.shape[0], -1)[:, :count])
+            made = map_blocks(of_block, starts, taps * waveform.shape[0])  # [n, B, block]
+            predicted.append(jnp.moveaxis(made, 1, 0).reshape(waveform.shape[0], -1)[:, :count])
         return jnp.stack(predicted, -1)
 
     def describe(
@@ -177,48 +200,7 @@ def waveform_of(codes: UInt8[Array, "*shape"], quantiser: str) -> Float32[Array,
     return jnp.asarray(quantisers.get(quantiser).centres)[codes.astype(jnp.int32)]
 
 
-def _fit(newest: Float32[Array, "B W"], taps: int) -> Float32[Array, "B K"]:
-    """Least-squares linear prediction of what follows `newest`."""
-    samples = newest.shape[1]
-    size = next_fast_len(samples + taps, real=True)
-    spectrum = jnp.fft.rfft(newest * _taper(samples), size)
-    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    correlation = jnp.fft.irfft(power, size)[:, : taps + 1]
-    energy = correlation[:, 0] * (1 + RIDGE * taps) + FLOOR * samples
-    return _solve(correlation.at[:, 0].set(energy))
-
-
-def _solve(correlation: Float32[Array, "B K1"]) -> Float32[Array, "B K"]:
-    """Solves the normal equations of linear prediction by Schur's recursion.
-
-    Levinson's takes each order's reflection coefficient from an inner product of the error filter
-    with the correlation. Here the products of both filters with the correlation at all later lags
-    are carried along instead (Le Roux and Gueguen 1977). The two arrays hold the filters' taps up
-    to the order so far, and these products behind it: both are raised to the next order by the same
-    sum. No sum runs over the taps, so a row's result does not depend, to the last
-    bit, on how many rows are solved together.
-    """
-    lags, index = correlation.shape[1], np.arange(correlation.shape[1])
-    products = correlation / correlation[:, :1]  # column 0: of order 0, the only tap, which is 1
-    error = jnp.ones_like(products[:, :1])
-
-    def raise_order(order, state):
-        forward, backward, error = state
-        reflection = -lax.dynamic_slice_in_dim(forward, order, 1, 1) / error
-        forward = jnp.where(index == order, 0.0, forward)  # from here on the new order's tap
-        shifted = jnp.pad(backward[:, :-1], ((0, 0), (1, 0)))
-        return (
-            forward + reflection * shifted,
-            shifted + reflection * forward,
-            error * (1 - jnp.square(reflection)),
-        )
-
-    forward, _, _ = lax.fori_loop(1, lags, raise_order, (products, products, error), unroll=2)
-    return -forward[:, 1:]
-
-
-def _taper(samples: int) -> Float32[np.ndarray, " T"]:
-    """A slow rise and a quick fall: an asymmetric window, as backward-adaptive codecs have it."""
-    rise = np.sin(np.pi / 2 * (np.arange(samples - FALL_SAMPLES) + 0.5) / (samples - FALL_SAMPLES))
-    fall = np.cos(np.pi / 2 * (np.arange(FALL_SAMPLES) + 0.5) / FALL_SAMPLES)
-    return np.concatenate([rise**2, fall]).astype(np.float32)
+def noise_of(codes: UInt8[Array, "*shape"], quantiser: str) -> Float32[Array, "*shape"]:
+    """The variance of samples within their codes' bins, full scale 1."""
+    widths = np.diff(quantisers.get(quantiser).edges)
+    return jnp.asarray(np.square(widths) / 12)[codes.astype(jnp.int32)]

@@ -35,6 +35,8 @@ class ModelConfig:
     adaptive_taps: tuple[int, ...] = ()  # of the mixture's adaptive linear predictors; (): none
     adaptive_windows: tuple[int, ...] = ()  # samples each is fitted to
     adaptive_block_samples: int = 100  # they are fitted anew every so many; divides the patch
+    denoiser_taps: int = 0  # of the filter against the codes' noise before them; 0: none
+    denoiser_window: int = 0  # samples it is fitted to
     conv_dropout: float = 0.2
     mlp_dropout: float = 0.2
     head_dropout: float = 0.2
@@ -156,6 +158,11 @@ class Config:
         if self.objective == "last":
             return self.context_samples + 1
         return self.context_samples + (0 if self.is_baseline else self.patch_samples)
+
+    @property
+    def silent_samples(self) -> int:
+        """So many before the first target are silence in every other row, as they are of a clip."""
+        return self.window_samples - self.context_samples if self.objective == "dense" else 0
 
     @property
     def segments(self) -> int:

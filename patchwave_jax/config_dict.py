@@ -83,7 +83,7 @@ def _check(config: Config) -> None:
     zero_allowed = {
         "seed", "num_layers", "distinct_positions", "micro_batch_size", "warmup_steps",
         "patience_evals", "eval_targets", "phase_chunk", "encode_chunk_patches",
-        "sample_every_steps",
+        "sample_every_steps", "denoiser_taps", "denoiser_window",
     }  # fmt: skip
     for section, part in (("model.", model), ("data.", data), ("train.", train), ("run.", run)):
         for field in dataclasses.fields(part):
@@ -194,11 +194,15 @@ def _check_adaptive(
     )
     if not taps:
         return
-    for count, window in zip(taps, windows, strict=True):
+    fits = [("model.adaptive_windows", *pair) for pair in zip(taps, windows, strict=True)]
+    if model.denoiser_taps:
+        require(model.denoiser_taps > 1, "model.denoiser_taps", "must be 0, or at least 2")
+        fits.append(("model.denoiser_window", model.denoiser_taps, model.denoiser_window))
+    for name, count, window in fits:
         least = max(2 * count, 33)  # the taper falls over 32
         require(
             least <= window,
-            "model.adaptive_windows",
+            name,
             f"{window} samples are too few to fit {count} taps to; give at least {least}",
         )
     require(

@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from patchwave_jax import quantisers
-from patchwave_jax.adaptive import Predictors, waveform_of
+from patchwave_jax.adaptive import Predictors
+from patchwave_jax.adaptive_stream import AdaptiveStream
 from patchwave_jax.config import Config
 from patchwave_jax.encoder import convolve
 from patchwave_jax.heads import LogisticMixture
@@ -45,8 +46,7 @@ class State(NamedTuple):
     codes: UInt8[Array, "B R"]  # the newest samples
     layers: list[Float[Array, "B R F"]]  # inputs of the encoder's layers after the first
     caches: list[Float[Array, "P B N D"]]  # of each block; bidirectional: one, of the encodings
-    fitted: list[Float32[Array, "B K"]]  # the adaptive predictors' coefficients in this block
-    predicted: Float32[Array, "B R J"]  # what they made of the newest samples
+    adaptive: Any  # an `Adaptive`, where there are such predictors
 
 
 class Incremental:
@@ -61,10 +61,11 @@ class Incremental:
         self._kernels = [self.config.kernel_size] * len(filters) + [self.config.final_frames]
         self._dilations = [math.prod(strides[:i]) for i in range(len(strides) + 1)]
         self._reaches = [(k - 1) * d for k, d in zip(self._kernels, self._dilations, strict=True)]
-        self._predictors = Predictors.of(self.config)
-        self._quantiser = config.data.quantiser
+        predictors, self._adaptive = Predictors.of(self.config), None
+        if predictors:
+            self._adaptive = AdaptiveStream(predictors, config.data.quantiser)
         self._newest = max(
-            self.config.kernel_size, self.config.predictor_taps, self._predictors.reach_samples
+            self.config.kernel_size, self.config.predictor_taps, predictors.reach_samples
         )
 
     def merge(self, params: Any) -> PatchWave:
@@ -89,8 +90,7 @@ class Incremental:
                 for reach, filters in zip(self._reaches[1:], config.filters, strict=True)
             ],
             [jnp.zeros(cache, dtype) for _ in range(config.num_layers if self.causal else 1)],
-            [jnp.zeros((rows, taps)) for taps in config.adaptive_taps],
-            jnp.zeros((rows, self._predictors.memory_samples, len(config.adaptive_taps))),
+            self._adaptive and self._adaptive.empty(rows),
         )
 
     # Priming: the state from codes, with the dense form.
@@ -105,7 +105,7 @@ class Incremental:
         """
         model, config = self.merge(params), self.config
         size, patches = config.patch_samples, segment.shape[1] // config.patch_samples - 1
-        missing = max(0, self._newest + self._predictors.block_samples - size)
+        missing = max(0, self._newest + config.adaptive_block_samples - size)
         padding = ((0, 0), (missing, 0))
         history = jnp.pad(segment, padding, constant_values=quantisers.SILENCE)
         now = past + size + missing
@@ -125,26 +125,8 @@ class Incremental:
             caches = [self._prime_encodings(model, caches[0], segment), *caches[1:]]
         if caches and patches and self.causal:
             caches = self._prime_blocks(model, folded, caches, patches)
-        return State(codes, layers, caches, *self._prime_predictors(history, now, past))
-
-    def _prime_predictors(
-        self, history: UInt8[Array, "B T"], now: Array, past: Array
-    ) -> tuple[list[Array], Array]:
-        """The adaptive predictors of the block of target `past`, and their newest predictions."""
-        predictors, reach = self._predictors, self._predictors.reach_samples
-        if not predictors:
-            return [], jnp.zeros((history.shape[0], 0, 0))
-        age, memory = past % predictors.block_samples, predictors.memory_samples
-        # The block may not be over: no prediction looks at what stands in its remaining samples.
-        padded = jnp.pad(history, ((0, 0), (0, predictors.block_samples)))
-        length = reach + predictors.block_samples
-        known = lax.dynamic_slice_in_dim(padded, now - age - reach, length, 1)
-        waveform = waveform_of(known, self._quantiser)
-        predicted = predictors.predict(waveform, reach - memory)
-        return (
-            predictors.coefficients(waveform[:, :reach]),
-            lax.dynamic_slice_in_dim(predicted, age, memory, 1),
-        )
+        adaptive = self._adaptive and self._adaptive.prime(history, now, past)
+        return State(codes, layers, caches, adaptive)
 
     def _prime_encodings(self, model: PatchWave, cache: Array, segment: Array) -> Array:
         size, (rows, samples) = self.config.patch_samples, segment.shape
@@ -205,7 +187,7 @@ class Incremental:
         return state._replace(
             codes=jnp.pad(state.codes, ((0, 0), (0, chunk))),
             layers=layers,
-            predicted=jnp.pad(state.predicted, ((0, 0), (0, chunk), (0, 0))),
+            adaptive=self._adaptive and self._adaptive.extend(state.adaptive, chunk),
         )
 
     def shorten(self, extended: State, count: Array) -> State:
@@ -214,11 +196,10 @@ class Incremental:
         for x, reach in zip(extended.layers, self._reaches[1:], strict=True):
             x = jnp.swapaxes(x, 1, 2).reshape(x.shape[0], -1, x.shape[3])
             layers.append(lax.dynamic_slice_in_dim(x, count, reach, 1))
-        memory = self._predictors.memory_samples
         return extended._replace(
             codes=lax.dynamic_slice_in_dim(extended.codes, count, self._newest, 1),
             layers=layers,
-            predicted=lax.dynamic_slice_in_dim(extended.predicted, count, memory, 1),
+            adaptive=self._adaptive and self._adaptive.shorten(extended.adaptive, count),
         )
 
     def step(
@@ -244,53 +225,17 @@ class Incremental:
             tokens = lax.dynamic_index_in_dim(caches[0], phase, 0, False)
             read_states = functools.partial(self._bidirectional, model, folded, tokens, number)
 
-        fitted, predicted = self._predict(state, recent, i, past)
+        adaptive: Any = self._adaptive and self._adaptive.step(state.adaptive, recent, i, past)
 
         def read() -> tuple[Array, Any]:
             prediction = None
             if isinstance(model.head, LogisticMixture):
-                adaptive = self._describe(recent, predicted, i, past)
+                described = self._adaptive and self._adaptive.describe(adaptive, recent, i, past)
                 newest = recent[:, self._newest - model.head.taps :]
-                prediction = jax.tree.map(lambda x: x[:, 0], model.head.predict(newest, adaptive))
+                prediction = jax.tree.map(lambda x: x[:, 0], model.head.predict(newest, described))
             return model.hidden(read_states(), skip, prediction), prediction
 
-        return State(state.codes, layers, caches, fitted, predicted), read
-
-    def _predict(
-        self, state: State, recent: UInt8[Array, "B R"], i: Array, past: Array
-    ) -> tuple[list[Array], Array]:
-        """The adaptive predictors, fitted anew where a block begins, and their predictions."""
-        predictors = self._predictors
-        if not predictors:
-            return state.fitted, state.predicted
-
-        def fit() -> list[Array]:
-            newest = recent[:, self._newest - max(predictors.windows) :]
-            return predictors.coefficients(waveform_of(newest, self._quantiser))
-
-        starts = past % predictors.block_samples == 0
-        fitted = lax.cond(starts, fit, lambda: state.fitted)
-        longest = max(predictors.taps)
-        waveform = waveform_of(recent[:, self._newest - longest :], self._quantiser)
-        newest = predictors.apply(
-            fitted, [waveform[:, longest - taps :] for taps in predictors.taps]
-        )
-        place = (0, predictors.memory_samples + i, 0)
-        return fitted, lax.dynamic_update_slice(state.predicted, newest[:, None], place)
-
-    def _describe(self, recent: Array, predicted: Array, i: Array, past: Array) -> Any:
-        """What the head is told of target `past`, where there are adaptive predictors."""
-        predictors, memory = self._predictors, self._predictors.memory_samples
-        if not predictors:
-            return None
-        known = jnp.pad(recent[:, self._newest - memory :], ((0, 0), (0, 1)))
-        age = (past % predictors.block_samples).astype(jnp.float32)[None]
-        return predictors.describe(
-            lax.dynamic_slice_in_dim(predicted, i, memory + 1, 1),
-            waveform_of(known, self._quantiser),
-            age,
-            quantisers.get(self._quantiser).edges,
-        )
+        return State(state.codes, layers, caches, adaptive), read
 
     def _encode(
         self, model: PatchWave, recent: Array, layers: list[Array], i: Array

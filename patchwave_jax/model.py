@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
 from patchwave_jax import quantisers
-from patchwave_jax.adaptive import Prediction, Predictors, waveform_of
+from patchwave_jax.adaptive import Prediction, Predictors, noise_of, waveform_of
 from patchwave_jax.chunks import map_over_chunks, mean_over_chunks, recomputed
 from patchwave_jax.config import ModelConfig
 from patchwave_jax.context import Shards
@@ -99,7 +99,7 @@ class PatchWave(nnx.Module):
             begin = missing + first - predictors.memory_samples
             age = np.arange(codes.shape[1] - first) % predictors.block_samples
             adaptive = predictors.describe(
-                predictors.predict(waveform, begin),
+                predictors.predict(waveform, noise_of(known, self.quantiser), begin),
                 waveform[:, begin:],
                 jnp.asarray(age, jnp.float32),
                 quantisers.get(self.quantiser).edges,

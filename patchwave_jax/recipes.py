@@ -19,6 +19,8 @@ ADAPTIVE: Any = {  # short memories for onsets, long ones for held notes
     "adaptive_taps": (24, 192, 512, 1024),
     "adaptive_windows": (1024, 4096, 12_288, 24_576),
     "adaptive_block_samples": 100,
+    "denoiser_taps": 256,
+    "denoiser_window": 5_120,
 }
 
 

@@ -19,7 +19,7 @@ from patchwave_jax.baseline import picked
 from patchwave_jax.config import Config
 from patchwave_jax.knobs import Knobs
 from patchwave_jax.mesh import replicated
-from patchwave_jax.sampler import CHUNK_SAMPLES, Sampler, Streams, sum_bytes
+from patchwave_jax.sampler import CHUNK_SAMPLES, Sampler, Streams, split_rows, sum_bytes
 from patchwave_jax.step import graphdef_and_params
 from patchwave_jax.wavenet import WaveNetConfig
 
@@ -38,12 +38,6 @@ def make_sampler(
     return kind(config, params, mesh, num=num, knobs=knobs, stride_patches=stride_patches)
 
 
-def _rows_at(two: Any, three: Any) -> PartitionSpec:
-    """How an array is split by rows that has these shapes for two rows and for three."""
-    axis = [a != b for a, b in zip(two.shape, three.shape, strict=True)].index(True)
-    return PartitionSpec(*(None,) * axis, "data")
-
-
 class RecurrentSampler(Streams):
     """Streams of one baseline."""
 
@@ -58,10 +52,7 @@ class RecurrentSampler(Streams):
             return nnx.merge(self._graphdef, params).network
 
         self._network = network
-        two, three = (
-            jax.eval_shape(lambda p, n=n: network(p).empty(n), self._params) for n in (2, 3)
-        )
-        parts = jax.tree.map(_rows_at, two, three)
+        parts = split_rows(lambda n: network(self._params).empty(n))
         where = jax.tree.map(lambda part: NamedSharding(mesh, part), parts)
         self._empty = jax.jit(lambda p: network(p).empty(self._rows), out_shardings=where)
         prepare = jax.jit(lambda p: network(p).prepare(), out_shardings=replicated(mesh))

@@ -7,6 +7,7 @@ change: a causal model is primed again from its codes, a bidirectional one's enc
 
 import abc
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,16 @@ from patchwave_jax.mesh import replicated
 
 CHUNK_SAMPLES = 800  # made by one call of the compiled loop
 SHOWN_TOKENS = 128  # a growing window is compiled anew for every so many tokens
+
+
+def split_rows(empty: Callable[[int], Any]) -> Any:
+    """How devices share the state that `empty` makes of so many rows: along their axis."""
+
+    def part(two: Any, three: Any) -> PartitionSpec:
+        axis = [a != b for a, b in zip(two.shape, three.shape, strict=True)].index(True)
+        return PartitionSpec(*(None,) * axis, "data")
+
+    return jax.tree.map(part, *(jax.eval_shape(functools.partial(empty, n)) for n in (2, 3)))
 
 
 class Streams(abc.ABC):
@@ -146,8 +157,8 @@ class Sampler(Streams):
 
     def _compile(self, mesh: Mesh) -> None:
         rows, everywhere = PartitionSpec("data"), PartitionSpec()
-        parts: Any = State(rows, rows, PartitionSpec(None, "data"), rows, rows)  # pyright: ignore
-        model, common = self._model, (everywhere, everywhere, parts)
+        model, parts = self._model, split_rows(self._model.empty)
+        common = everywhere, everywhere, parts
 
         def sharded(function: Any, in_specs: Any, out_specs: Any, donated: int) -> Any:
             mapped = jax.shard_map(

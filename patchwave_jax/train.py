@@ -195,6 +195,7 @@ def make_windows(config: Config, split: Split, rows: Sequence[int] | None = None
         seed=config.seed,
         rows=rows,
         segments=config.segments,
+        silent_samples=config.silent_samples,
         distinct_positions=data.distinct_positions or None,
         gain_db=data.gain_db,
         pitch_semitones=data.pitch_semitones,

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from conftest import smooth_codes
 from scipy.linalg import solve_toeplitz
+from scipy.signal import lfilter
 
-from patchwave_jax import adaptive, quantisers
-from patchwave_jax.adaptive import Predictors, waveform_of
+from patchwave_jax import autoregression, quantisers
+from patchwave_jax.adaptive import Predictors, noise_of, waveform_of
+from patchwave_jax.denoiser import Denoiser
 
 PREDICTORS = Predictors((5, 100), (90, 400), 20)
+CLEAN = Predictors((5, 100), (90, 400), 20, Denoiser(4, 80, 20))
 EDGES = quantisers.get("mulaw").edges
 FIRST = 700
 
@@ -20,39 +23,115 @@ def waveform() -> np.ndarray:
     return np.asarray(waveform_of(jnp.asarray(smooth_codes(2, 1_000)), "mulaw"))
 
 
-def by_hand(waveform: np.ndarray, first: int) -> np.ndarray:
-    """Float64 normal equations, solved anew for each block, one sample predicted at a time."""
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    return np.asarray(noise_of(jnp.asarray(smooth_codes(2, 1_000)), "mulaw"))
+
+
+def fit_by_hand(newest: np.ndarray, taps: int) -> tuple[np.ndarray, float]:
+    """Float64 normal equations: the coefficients and the variance of the error."""
+    taper, window = autoregression._taper(newest.size).astype(np.float64), newest.size
+    r = np.correlate(newest * taper, newest * taper, "full")[window - 1 :][: taps + 1]
+    r[0] = r[0] * (1 + autoregression.RIDGE * taps) + autoregression.FLOOR * window
+    fitted = solve_toeplitz(r[:-1], r[1:])
+    return fitted, (r[0] - fitted @ r[1:]) / np.square(taper).sum()
+
+
+def denoise_by_hand(row: np.ndarray, noise: np.ndarray, start: int) -> tuple[dict, dict]:
+    """A textbook Kalman filter of two states, 4 taps, from 30 samples before a block on.
+
+    Of the sample before each of the block: what is believed before that one and after it.
+    """
+    fitted, innovation = fit_by_hand(row[start - 80 : start], 4)
+    past = row.copy()  # older samples, as the filter left them
+    mean, covariance = row[[start - 31, start - 32]], np.diag(noise[[start - 31, start - 32]])
+    move, observed = np.array([fitted[:2], [1, 0]]), np.array([1.0, 0.0])
+    newest, kept = {}, {}
+    for t in range(start - 30, start + 20):
+        newest[t] = mean[0]
+        mean = move @ mean + [fitted[2:] @ past[[t - 3, t - 4]], 0]
+        covariance = move @ covariance @ move.T + np.diag([innovation, 0])
+        gain = covariance @ observed / (covariance[0, 0] + noise[t])
+        mean = mean + gain * (row[t] - mean[0])
+        covariance = covariance - np.outer(gain, covariance[0])
+        kept[t] = past[t - 1] = mean[1]
+    return newest, kept
+
+
+def by_hand(predictors: Predictors, waveform, noise, first: int) -> np.ndarray:
+    """Float64, anew for each block, one sample predicted at a time."""
     out = []
-    for taps, window in zip(PREDICTORS.taps, PREDICTORS.windows, strict=True):
-        for row in waveform.astype(np.float64):
-            for t in range(first, row.size):
-                start = first + (t - first) // 20 * 20
-                newest = row[start - window : start] * adaptive._taper(window)
-                r = np.correlate(newest, newest, "full")[window - 1 :][: taps + 1]
-                r[0] = r[0] * (1 + adaptive.RIDGE * taps) + adaptive.FLOOR * window
-                out.append(solve_toeplitz(r[:-1], r[1:]) @ row[t - taps : t][::-1])
-    return np.moveaxis(np.reshape(out, (2, 2, -1)), 0, -1)
+    for row, spread in zip(waveform.astype(np.float64), noise.astype(np.float64), strict=True):
+        newest, kept = {t: row[t - 1] for t in range(1, row.size)}, row.copy()
+        begin = first - predictors.read_samples if predictors.denoiser else row.size
+        for start in range(begin, row.size, 20):
+            padded = (np.pad(x, (0, 20), constant_values=1.0) for x in (row, spread))
+            believed, after = denoise_by_hand(*padded, start)
+            for t in range(start, min(start + 20, row.size)):
+                newest[t], kept[t - 1] = believed[t], after[t]
+        made = []
+        for t in range(first, row.size):
+            start = first + (t - first) // 20 * 20
+            for taps, window in zip(predictors.taps, predictors.windows, strict=True):
+                before = np.append(kept[start - window : start - 1], newest[start])
+                read = np.append(kept[t - taps : t - 1], newest[t])
+                made.append(fit_by_hand(before, taps)[0] @ read[::-1])
+        out.append(np.reshape(made, (-1, 2)))
+    return np.stack(out)
 
 
-def test_predictions_equal_normal_equations_solved_by_hand(waveform, monkeypatch):
-    monkeypatch.setattr(adaptive, "CPU_TAPS_AT_ONCE", 64)  # and a remainder
-    got = jax.jit(PREDICTORS.predict, static_argnums=1)(waveform[:, :-7], FIRST)
-    np.testing.assert_allclose(got, by_hand(waveform[:, :-7], FIRST), atol=3e-5)
-    errors = np.square(got - waveform[:, FIRST:-7, None]).mean((0, 1))
+@pytest.mark.parametrize("predictors", [PREDICTORS, CLEAN], ids=["codes", "denoised"])
+def test_predictions_equal_those_made_by_hand(predictors, waveform, noise, monkeypatch):
+    monkeypatch.setattr(autoregression, "CPU_TAPS_AT_ONCE", 64)  # and a remainder
+    waveform, noise = waveform[:, :-7], noise[:, :-7]
+    got = jax.jit(predictors.predict, static_argnums=2)(waveform, noise, FIRST)
+    np.testing.assert_allclose(got, by_hand(predictors, waveform, noise, FIRST), atol=5e-5)
+    errors = np.square(got - waveform[:, FIRST:, None]).mean((0, 1))
     assert (errors < 0.2 * np.square(waveform).mean()).all()  # or nothing was predicted
 
 
 def test_a_fit_is_the_same_whatever_is_fitted_beside_it(waveform):
     rows = np.stack([waveform[0, i : i + 400] for i in range(0, 600, 20)])
-    fit = jax.jit(adaptive._fit, static_argnums=1)
-    together = np.asarray(fit(rows, 100))
+    fit = jax.jit(autoregression.fit, static_argnums=1)
+    together = np.asarray(fit(rows, 100)[0])
     for few in (1, 4):
-        np.testing.assert_array_equal(together[:few], fit(rows[:few], 100))
+        np.testing.assert_array_equal(together[:few], fit(rows[:few], 100)[0])
+
+
+def test_what_is_denoised_is_the_same_whatever_is_beside_it(waveform, noise):
+    """In many blocks at once, and in one alone."""
+    together = jax.jit(CLEAN.denoiser.denoise, static_argnums=2)(waveform, noise, 300)
+
+    @jax.jit
+    def alone(row, spread):
+        belief, out = CLEAN.denoiser.begin(row[:, :880], spread[:, :880]), []
+        for t in range(880, 900):
+            before = belief.past[0]
+            belief = belief.observe(row[:, t], spread[:, t])
+            out.append((before, belief.past[1]))
+        return out
+
+    for t, (before, after) in enumerate(alone(waveform[:1], noise[:1]), 580):
+        assert before[0] == together[0][0, t]
+        assert after[0] == together[1][0, t]
+
+
+def test_denoising_brings_codes_closer_to_what_was_recorded(rng):
+    poles = 0.98 * np.exp([0.3j, -0.3j, 0.6j, -0.6j])
+    wave = lfilter([1.0], np.poly(poles).real, rng.normal(size=4_000))
+    wave = (0.5 * wave / np.abs(wave).max()).astype(np.float32)
+    codes = quantisers.get("mulaw").encode((wave * 32768).astype(np.int16))[None]
+    heard = waveform_of(jnp.asarray(codes), "mulaw")
+    _, kept = Denoiser(16, 500, 100).denoise(heard, noise_of(jnp.asarray(codes), "mulaw"), 600)
+    errors = kept[0] - wave[599:-1], heard[0, 599:-1] - wave[599:-1]
+    after, before = (np.square(error).mean() for error in errors)
+    assert after < 0.7 * before
 
 
 def test_silence_predicts_silence():
     quiet = np.full((1, 600), EDGES[128:130].mean(), np.float32)
-    got = PREDICTORS.predict(jnp.asarray(quiet), 420)
+    spread = jnp.full((1, 600), np.diff(EDGES[128:130])[0] ** 2 / 12)
+    got = CLEAN.predict(jnp.asarray(quiet), spread, 540)
     assert np.abs(got).max() < 2e-4
 
 
@@ -84,12 +163,15 @@ def test_descriptions_by_hand(waveform, rng):
     assert got.features.shape[-1] == PREDICTORS.num_features
 
 
-def test_nothing_of_a_sample_reaches_its_own_description_or_an_earlier_one(waveform):
+@pytest.mark.parametrize("predictors", [PREDICTORS, CLEAN], ids=["codes", "denoised"])
+def test_nothing_of_a_sample_reaches_its_own_description_or_an_earlier_one(
+    predictors, waveform, noise
+):
     def describe(wave):
-        begin, m = FIRST - PREDICTORS.memory_samples, PREDICTORS.memory_samples
-        predicted = PREDICTORS.predict(wave, begin)
+        begin, m = FIRST - predictors.memory_samples, predictors.memory_samples
+        predicted = predictors.predict(wave, noise, begin)
         age = jnp.arange(wave.shape[1] - begin - m) % 20
-        return PREDICTORS.describe(predicted, wave[:, begin:], age, EDGES)
+        return predictors.describe(predicted, wave[:, begin:], age, EDGES)
 
     describe = jax.jit(describe)
     before = describe(waveform)

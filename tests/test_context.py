@@ -35,6 +35,8 @@ OURS = dataclasses.replace(
     adaptive_taps=(4,),
     adaptive_windows=(200,),  # reach beyond the first shard, and before the segment
     adaptive_block_samples=20,
+    denoiser_taps=4,
+    denoiser_window=50,
 )
 HALF = dataclasses.replace(
     OURS, compute_dtype="bfloat16", adaptive_taps=(), adaptive_windows=(), num_layers=1

@@ -251,6 +251,16 @@ def test_sashimi_scales_each_window_by_itself(built, split):
     assert (batch["codes"].max(1) == 255).all()
 
 
+def test_every_other_row_begins_in_silence(split):
+    plain, silent = make(split, batch_size=3), make(split, batch_size=3, silent_samples=400)
+    for step in (0, 1):
+        codes, changed = plain[step]["codes"], silent[step]["codes"]
+        begins = (np.arange(3) + 3 * step) % 2 == 1
+        assert (changed[begins, :400] == quantisers.SILENCE).all()
+        np.testing.assert_array_equal(changed[begins, 400:], codes[begins, 400:])
+        np.testing.assert_array_equal(changed[~begins], codes[~begins])
+
+
 # --- augmentation
 
 

@@ -42,6 +42,14 @@ def test_mixture_is_normalised_also_at_extreme_scales_and_means(quantiser, rng):
             np.testing.assert_allclose(jax.nn.logsumexp(log_probs, -1), 0, atol=3e-5)
 
 
+def test_no_code_costs_more_than_32_bits():
+    head = mixture()
+    head.log_scale[...] = jnp.float32(-30.0)
+    bits = -head.logits(jnp.zeros((1, 6)), around(head, np.zeros(1)))[0] / np.log(2)
+    assert bits.max() == pytest.approx(32, abs=1e-4)
+    assert bits.min() < 1.1  # at an edge
+
+
 @pytest.mark.parametrize("quantiser", quantisers.NAMES)
 def test_mixture_equals_float64_masses_of_its_bins(quantiser, rng):
     head = mixture(quantiser)

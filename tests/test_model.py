@@ -17,7 +17,12 @@ from patchwave_jax.transformer import MIN_QUERY_BLOCK, Attention, positions
 
 OURS = dataclasses.replace(SMALL, input="embedding", skip_connections=True, head="logistic_mixture")
 ADAPTIVE = dataclasses.replace(
-    OURS, adaptive_taps=(4, 16), adaptive_windows=(60, 80), adaptive_block_samples=20
+    OURS,
+    adaptive_taps=(4, 16),
+    adaptive_windows=(60, 80),
+    adaptive_block_samples=20,
+    denoiser_taps=4,
+    denoiser_window=50,
 )
 OTHER_PATCH = dataclasses.replace(
     SMALL, patch_samples=96, kernel_size=3, strides=(3, 2, 2), filters=(8, 8, 4)
@@ -73,7 +78,7 @@ def test_dense_form_equals_patch_form(config, causal):
 
 def test_dense_form_equals_patch_form_with_adaptive_predictors():
     """The newest patch of targets, whose windows hold all that the predictors reach for."""
-    model, size, patches = random_model(ADAPTIVE, causal=True), ADAPTIVE.patch_samples, 4
+    model, size, patches = random_model(ADAPTIVE, causal=True), ADAPTIVE.patch_samples, 5
     segment = smooth_codes(2, (patches + 1) * size)
     patch_form = jax.jit(model.next_sample_logits, static_argnums=1)
     assert patches * size >= model.predictors.reach_samples + 19

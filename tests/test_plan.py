@@ -191,6 +191,7 @@ def test_rows_without_dropout_need_one_reduction():
     """With adaptive predictors and a loop over phases, as our recipe has them."""
     config = config_of("context")
     adaptive = {"adaptive_taps": (4,), "adaptive_windows": (80,), "adaptive_block_samples": 20}
+    adaptive |= {"denoiser_taps": 4, "denoiser_window": 50}
     model = dataclasses.replace(config.model, **recipes.NO_DROPOUT, **adaptive)
     train = TrainConfig(batch_size=8, micro_batch_size=1)
     config = dataclasses.replace(config, model=model, train=train, run=RunConfig(phase_chunk=20))

@@ -44,6 +44,7 @@ class Windows:
         distinct_positions: int | None = None,
         rows: Sequence[int] | None = None,
         segments: int = 1,
+        silent_samples: int = 0,
         gain_db: float = 0.0,
         pitch_semitones: float = 0.0,
     ):
@@ -59,6 +60,7 @@ class Windows:
           rows: This process' rows of the global batch; None for all.
           segments: So many steps in a row read the same windows, one such part of them after the
             other: for networks that carry a state along.
+          silent_samples: So many at the start of every other row become silence.
           gain_db: Each row is made louder or softer by up to this, uniformly in dB.
           pitch_semitones: Each row is resampled by up to this, uniformly in semitones. Near the
             end of a recording a row that needs a longer stretch starts earlier than its position.
@@ -81,7 +83,7 @@ class Windows:
         self.rows = range(batch_size) if rows is None else rows
         if any(not 0 <= row < batch_size for row in self.rows):
             raise UserError(f"rows {self.rows} reach beyond batch_size {batch_size}")
-        self._segments = segments
+        self._segments, self._silent_samples = segments, silent_samples
         self._quantiser, self._seed = quantisers.get(quantiser), seed
         self._gain_db, self._pitch_semitones = gain_db, pitch_semitones
         self._damages: set[str] = set()  # that were told
@@ -174,6 +176,8 @@ class Windows:
                     recordings[i : i + 1], starts[i : i + 1] = self._place(position)
                     redrawn[i] += 1
             codes[i], starts[i] = self._quantiser.encode(pcm), start
+            if (index * self.batch_size + row) % 2:
+                codes[i, : self._silent_samples] = quantisers.SILENCE
         size = self.window_samples // self._segments
         return {
             "codes": codes[:, segment * size : (segment + 1) * size],

@@ -1,0 +1,143 @@
+"""The waveform behind the codes: a Kalman filter against the quantiser's noise.
+
+A code only tells in which bin a sample lies, and mu-law's bins are a hundred times as wide at full
+scale as around zero. What a linear predictor of high order reads there is noise, and it pays for it
+with every tap. But a sample is also predicted by those before it: an autoregressive model, fitted
+to the newest `window` samples before every block, gives a mean and a variance for each, and the
+code gives the bin's centre and a twelfth of its squared width. Each counts by its precision. The
+sample before is revised along with it, and nothing older: longer lags changed nothing.
+
+The filter begins anew for each block, a block and a half before it, so that all are filtered at
+once. Sums are elementwise, in a fixed order: what comes out has the same bits whatever is
+filtered beside it, since least squares on it would magnify any difference.
+
+Dimensions: `S` signals, `K` taps, `B` batch, `T` samples, `n` blocks.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32
+
+from patchwave_jax.autoregression import fit, map_blocks
+
+
+class Belief(NamedTuple):
+    """What is believed of signals' samples after those that were observed."""
+
+    taps: Float32[Array, "K S"]  # of the autoregression, the newest sample's first
+    innovation: Float32[Array, " S"]  # its variance
+    past: Float32[Array, "K S"]  # the samples' means, the newest first
+    variance: Float32[Array, " S"]  # of the newest
+    covariance: Float32[Array, " S"]  # of the newest two
+    older: Float32[Array, " S"]  # the variance of the one before
+
+    def observe(self, value: Float32[Array, " S"], noise: Float32[Array, " S"]) -> "Belief":
+        """After the next sample, whose code says `value` with the variance `noise`."""
+        mean = _sum(self.taps * self.past)
+        newest = self.taps[0] * self.variance + self.taps[1] * self.covariance
+        before = self.taps[0] * self.covariance + self.taps[1] * self.older
+        spread = self.taps[0] * newest + self.taps[1] * before + self.innovation
+        gain = 1 / (spread + noise)
+        error = gain * (value - mean)
+        revised = jnp.stack([mean + spread * error, self.past[0] + newest * error])
+        return self._replace(
+            past=jnp.concatenate([revised, self.past[1:-1]]),
+            variance=spread * noise * gain,
+            covariance=newest * noise * gain,
+            older=self.variance - jnp.square(newest) * gain,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """The filter of one configuration."""
+
+    taps: int  # K, at least 2
+    window: int  # samples it is fitted to
+    block_samples: int
+
+    @property
+    def warm_up_samples(self) -> int:
+        """Twice as many changed nothing."""
+        return self.block_samples * 3 // 2
+
+    @property
+    def reach_samples(self) -> int:
+        """Samples before a block that its filter reads."""
+        return max(self.window, self.taps + self.warm_up_samples)
+
+    def begin(self, waveform: Float32[Array, "S T"], noise: Float32[Array, "S T"]) -> Belief:
+        """The belief of a block about to begin, from at least `reach_samples` before it."""
+        fitted = fit(waveform[:, waveform.shape[1] - self.window :], self.taps)
+        count = self.taps + self.warm_up_samples
+        return self._warm_up(*fitted, waveform.T[-count:], noise.T[-count:])
+
+    def denoise(
+        self, waveform: Float32[Array, "B T"], noise: Float32[Array, "B T"], first: int
+    ) -> tuple[Float32[Array, "B T-first"], Float32[Array, "B T-first"]]:
+        """What is believed of the sample before each, from `first` on, in whole blocks.
+
+        Returns:
+          Its mean given all before the one after it, and given that one, too.
+        """
+        (rows, samples), block = waveform.shape, self.block_samples
+        blocks = (samples - first) // block
+        starts = first + block * jnp.arange(blocks)
+
+        def fit_block(start: Array) -> tuple[Array, Array]:
+            newest = lax.dynamic_slice_in_dim(waveform, start - self.window, self.window, 1)
+            return fit(newest, self.taps)
+
+        fitted, innovation = map_blocks(fit_block, starts, self.taps * rows)
+        earlier = self.taps + self.warm_up_samples
+        index = starts[:, None] + jnp.arange(-earlier, block)
+
+        def by_time(x: Float32[Array, "B T"]) -> Float32[Array, "t S"]:
+            return jnp.transpose(x[:, index], (2, 1, 0)).reshape(earlier + block, -1)
+
+        values, noises = by_time(waveform), by_time(noise)
+        belief = self._warm_up(
+            fitted.reshape(-1, self.taps),
+            innovation.reshape(-1),
+            values[:earlier],
+            noises[:earlier],
+        )
+
+        def observe(belief: Belief, sample: tuple[Array, Array]) -> tuple[Belief, Any]:
+            after = belief.observe(*sample)
+            return after, (belief.past[0], after.past[1])
+
+        _, means = lax.scan(observe, belief, (values[earlier:], noises[earlier:]))
+        before, after = (
+            jnp.transpose(x.reshape(block, blocks, rows), (2, 1, 0)).reshape(rows, -1)
+            for x in means
+        )
+        return before, after
+
+    def _warm_up(
+        self,
+        fitted: Float32[Array, "S K"],
+        innovation: Float32[Array, " S"],
+        values: Float32[Array, "T S"],
+        noise: Float32[Array, "T S"],
+    ) -> Belief:
+        """The belief after `values`, of which the first `K` are taken as they are."""
+        known, older = noise[self.taps - 1], noise[self.taps - 2]
+        past, nothing = values[: self.taps][::-1], jnp.zeros_like(known)
+        belief = Belief(fitted.T, innovation, past, known, nothing, older)
+
+        def observe(belief: Belief, sample: tuple[Array, Array]) -> tuple[Belief, None]:
+            return belief.observe(*sample), None
+
+        return lax.scan(observe, belief, (values[self.taps :], noise[self.taps :]))[0]
+
+
+def _sum(x: Float32[Array, "K S"]) -> Float32[Array, " S"]:
+    """Over the first axis, halves by halves."""
+    while x.shape[0] > 1:
+        half = -(-x.shape[0] // 2)
+        x = x[:half] + jnp.pad(x[half:], ((0, 2 * half - x.shape[0]), (0, 0)))
+    return x[0]
