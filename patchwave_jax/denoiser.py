@@ -36,18 +36,20 @@ class Belief(NamedTuple):
 
     def observe(self, value: Float32[Array, " S"], noise: Float32[Array, " S"]) -> "Belief":
         """After the next sample, whose code says `value` with the variance `noise`."""
-        mean = _sum(self.taps * self.past)
-        newest = self.taps[0] * self.variance + self.taps[1] * self.covariance
-        before = self.taps[0] * self.covariance + self.taps[1] * self.older
-        spread = self.taps[0] * newest + self.taps[1] * before + self.innovation
+        mean, (first, second) = _sum(_product(self.taps, self.past)), self.taps[:2]
+        newest = _product(first, self.variance) + _product(second, self.covariance)
+        before = _product(first, self.covariance) + _product(second, self.older)
+        spread = _product(first, newest) + _product(second, before) + self.innovation
         gain = 1 / (spread + noise)
         error = gain * (value - mean)
-        revised = jnp.stack([mean + spread * error, self.past[0] + newest * error])
+        revised = jnp.stack(
+            [_product(spread, error) + mean, _product(newest, error) + self.past[0]]
+        )
         return self._replace(
             past=jnp.concatenate([revised, self.past[1:-1]]),
             variance=spread * noise * gain,
             covariance=newest * noise * gain,
-            older=self.variance - jnp.square(newest) * gain,
+            older=self.variance - _product(newest, newest * gain),
         )
 
 
@@ -133,6 +135,14 @@ class Denoiser:
             return belief.observe(*sample), None
 
         return lax.scan(observe, belief, (values[self.taps :], noise[self.taps :]))[0]
+
+
+def _product(a: Float32[Array, "*S"], b: Float32[Array, "*S"]) -> Float32[Array, "*S"]:
+    """Rounded, to one bit less than it has, before anything is added to it.
+
+    Compilers fuse a product with a sum in some programs and not in others.
+    """
+    return lax.reduce_precision(a * b, exponent_bits=8, mantissa_bits=22)
 
 
 def _sum(x: Float32[Array, "K S"]) -> Float32[Array, " S"]:

@@ -111,10 +111,14 @@ def place_rows(mesh: Mesh, rows: UInt8[np.ndarray, "b T"], total: int) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays of the mesh, whole, in the host's memory; all have to ask."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    """Arrays, whole, in the host's memory; all that hold parts of one have to ask."""
+
+    def whole(x: Any) -> Any:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return jax.device_get(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(whole, tree)
 
 
 def least(value: float) -> float:
