@@ -5,7 +5,7 @@ scale as around zero. What a linear predictor of high order reads there is noise
 with every tap. But a sample is also predicted by those before it: an autoregressive model, fitted
 to the newest `window` samples before every block, gives a mean and a variance for each, and the
 code gives the bin's centre and a twelfth of its squared width. Each counts by its precision. The
-sample before is revised along with it, and nothing older: longer lags changed nothing.
+sample before is revised along with it, and nothing older.
 
 The filter begins anew for each block, a block and a half before it, so that all are filtered at
 once. Sums are elementwise, in a fixed order: what comes out has the same bits whatever is
@@ -63,7 +63,7 @@ class Denoiser:
 
     @property
     def warm_up_samples(self) -> int:
-        """Twice as many changed nothing."""
+        """Samples before its block in which a filter forgets how it began."""
         return self.block_samples * 3 // 2
 
     @property
