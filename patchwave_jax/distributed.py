@@ -114,9 +114,8 @@ def fetch(tree: Any) -> Any:
     """Arrays, whole, in the host's memory; all that hold parts of one have to ask."""
 
     def whole(x: Any) -> Any:
-        if x.is_fully_addressable or x.is_fully_replicated:
-            return jax.device_get(x)
-        return multihost_utils.process_allgather(x, tiled=True)
+        split = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+        return multihost_utils.process_allgather(x, tiled=True) if split else jax.device_get(x)
 
     return jax.tree.map(whole, tree)
 
