@@ -1,6 +1,6 @@
 """The waveform behind the codes: a Kalman filter against the quantiser's noise.
 
-A code only tells in which bin a sample lies, and mu-law's bins are a hundred times as wide at full
+A code only tells in which bin a sample lies, and mu-law's bins are 250 times as wide at full
 scale as around zero. What a linear predictor of high order reads there is noise, and it pays for it
 with every tap. But a sample is also predicted by those before it: an autoregressive model, fitted
 to the newest `window` samples before every block, gives a mean and a variance for each, and the

@@ -59,7 +59,7 @@ class LogisticMixture(nnx.Module):
     also lean towards one by one.
 
     Every code has 2^-32 besides, so that no sample can cost more than 32 bits: the tails of narrow
-    logistics alone would charge tens of thousands for a click. It is less than float32's rounding
+    logistics alone would charge for a click without bound. It is less than float32's rounding
     of what sums to 1, and in 17 minutes of 16 kHz audio is drawn once.
     """
 

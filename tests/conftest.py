@@ -1,5 +1,6 @@
 """What all tests share: eight simulated devices, and small models with random weights."""
 
+import dataclasses
 import os
 import tempfile
 
@@ -41,6 +42,18 @@ SMALL = ModelConfig(
     embedding_width=8,
     mixture_components=3,
     predictor_taps=16,
+)
+OURS = dataclasses.replace(SMALL, input="embedding", skip_connections=True, head="logistic_mixture")
+ADAPTIVE = dataclasses.replace(
+    OURS,
+    adaptive_taps=(4, 16),
+    adaptive_windows=(60, 80),
+    adaptive_block_samples=20,
+    denoiser_taps=4,
+    denoiser_window=50,
+)
+OTHER_PATCH = dataclasses.replace(
+    SMALL, patch_samples=96, kernel_size=3, strides=(3, 2, 2), filters=(8, 8, 4)
 )
 
 

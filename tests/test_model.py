@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, random_codes, random_model, smooth_codes
+from conftest import ADAPTIVE, OTHER_PATCH, OURS, SMALL, random_codes, random_model, smooth_codes
 from flax import nnx
 
 from patchwave_jax.config import ModelConfig
@@ -15,18 +15,6 @@ from patchwave_jax.model import PatchWave
 from patchwave_jax.quantisers import SILENCE
 from patchwave_jax.transformer import MIN_QUERY_BLOCK, Attention, positions
 
-OURS = dataclasses.replace(SMALL, input="embedding", skip_connections=True, head="logistic_mixture")
-ADAPTIVE = dataclasses.replace(
-    OURS,
-    adaptive_taps=(4, 16),
-    adaptive_windows=(60, 80),
-    adaptive_block_samples=20,
-    denoiser_taps=4,
-    denoiser_window=50,
-)
-OTHER_PATCH = dataclasses.replace(
-    SMALL, patch_samples=96, kernel_size=3, strides=(3, 2, 2), filters=(8, 8, 4)
-)
 LARGE_PATCH = dataclasses.replace(
     SMALL,
     patch_samples=2000,

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import soundfile as sf
-from conftest import SMALL, random_codes, random_model
+from conftest import ADAPTIVE, OTHER_PATCH, OURS, SMALL, random_codes, random_model
 from flax import nnx
 from jax.sharding import AxisType
 from scipy import stats
@@ -21,22 +21,8 @@ from patchwave_jax.errors import UserError
 from patchwave_jax.knobs import Knobs
 from patchwave_jax.sampler import Sampler
 
-OURS = dataclasses.replace(SMALL, input="embedding", skip_connections=True, head="logistic_mixture")
-OTHER_PATCH = dataclasses.replace(
-    SMALL, patch_samples=96, kernel_size=3, strides=(3, 2, 2), filters=(8, 8, 4)
-)
 ONE_FRAME = dataclasses.replace(  # its encoder ends with a single frame; more taps than kernel
     OURS, patch_samples=25, kernel_size=3, strides=(2, 5), head="softmax", predictor_taps=25
-)
-
-
-ADAPTIVE = dataclasses.replace(
-    OURS,
-    adaptive_taps=(4, 16),
-    adaptive_windows=(60, 80),
-    adaptive_block_samples=20,
-    denoiser_taps=4,
-    denoiser_window=50,
 )
 
 

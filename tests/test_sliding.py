@@ -1,12 +1,11 @@
 """Sliding windows against a brute-force loop in the patch form, and what they count."""
 
 import collections
-import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL, random_codes, random_model
+from conftest import OURS, SMALL, random_codes, random_model
 from flax import nnx
 from jax.sharding import AxisType
 
@@ -17,7 +16,6 @@ from patchwave_jax.quantisers import SILENCE
 from patchwave_jax.sliding import Evaluator, contexts, default_stride, plan
 
 SIZE, PATCHES = SMALL.patch_samples, 4
-OURS = dataclasses.replace(SMALL, input="embedding", skip_connections=True, head="logistic_mixture")
 LENGTHS = (SIZE * 9 + 17, SIZE - 1, SIZE * PATCHES + 1, 1)
 
 
