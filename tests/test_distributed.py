@@ -121,6 +121,27 @@ def test_two_processes_go_one_way_and_one_goes_on(data, cache, tmp_path):
     assert disturbed == pytest.approx({key: straight[key] for key in disturbed}, rel=1e-5)
 
 
+def test_what_two_processes_carry_one_carries_on(data, cache, tmp_path):
+    """SampleRNN's state lies by rows over all devices; stopped within a clip, gone on by one."""
+    command = ["-m", "patchwave_jax.train", f"--config={HERE / 'pod/tiny.py'}:samplernn"]
+    command += [f"--workdir={tmp_path / 'two'}", f"--config.data.data_dir={data}"]
+    with Pair(cache, *command, "--config.train.num_steps=100_000") as pair:
+        pair.wait_for_row(tmp_path / "two", 5)
+        pair.processes[0].send_signal(signal.SIGTERM)
+        outputs = pair.finish(120)
+        assert [p.returncode for p in pair.processes] == [0, 0], outputs
+
+    config = get_config("samplernn")
+    config.data.data_dir = data
+    config.train.num_steps = metrics(tmp_path / "two")[-1]["step"] + 3
+    curves = []
+    for name in ("one", "two"):
+        train(from_config_dict(config), tmp_path / name)
+        rows = metrics(tmp_path / name)
+        curves.append({(r["step"], r["kind"]): r["nll_nats"] for r in rows})
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("silent", [0, 1])
 def test_one_that_falls_silent_ends_the_other(silent, data, cache, tmp_path):
     command = [str(HERE / "pod/impatient.py"), f"--config={HERE / 'pod/tiny.py'}"]

@@ -3,11 +3,15 @@
 from patchwave_jax.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from patchwave_jax.config_dict import to_config_dict
 from patchwave_jax.recipes import NO_DROPOUT
+from patchwave_jax.samplernn import SampleRNNConfig
 
 
 def get_config(arg: str = ""):
-    del arg
-    model = ModelConfig(
+    """Ours, or SampleRNN, which carries a state from step to step."""
+    samplernn = SampleRNNConfig(
+        frame_sizes=(4, 2, 2), width=16, embedding_width=8, segment_samples=32
+    )
+    ours = ModelConfig(
         patch_samples=64,
         kernel_size=5,
         filters=(8, 8),
@@ -27,7 +31,7 @@ def get_config(arg: str = ""):
         Config(
             objective="dense",
             context_samples=512,
-            model=model,
+            model={"": ours, "samplernn": samplernn}[arg],
             data=DataConfig(dataset="audio_folder", distinct_positions=1_000),
             train=TrainConfig(batch_size=16, micro_batch_size=1, num_steps=8, learning_rate=1e-3),
             run=RunConfig(
