@@ -45,7 +45,7 @@ def compile_programs(step: Step) -> list[Program]:
     zero = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
     total = (zero, state["params"])
     codes = jax.ShapeDtypeStruct(
-        (rows, config.window_samples), jnp.uint8, sharding=by_rows(step.mesh)
+        (rows, config.window_samples // config.segments), jnp.uint8, sharding=by_rows(step.mesh)
     )
     carry = state.get("carry", ())
     arguments = total, state["params"], carry, codes, state["step"], 0

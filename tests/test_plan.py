@@ -22,6 +22,7 @@ from patchwave_jax.chips import GIB
 from patchwave_jax.config import RunConfig, TrainConfig
 from patchwave_jax.errors import UserError
 from patchwave_jax.mesh import make_mesh
+from patchwave_jax.samplernn import SampleRNNConfig
 from patchwave_jax.step import make_step
 
 HAS_TPU = importlib.util.find_spec("libtpu") is not None
@@ -202,6 +203,15 @@ def test_rows_without_dropout_need_one_reduction():
 def test_useful_flops_are_most_of_the_compiled(plans):
     for name in NAMES:
         assert 0.4 < plans[name].useful_flops / plans[name].flops < 1.1
+
+
+def test_samplernn_is_planned_by_the_segments_that_its_steps_read():
+    network = SampleRNNConfig((4, 2, 2), width=16, embedding_width=8, segment_samples=32)
+    config = dataclasses.replace(config_of("context"), model=network, run=RunConfig())
+    windows = [dataclasses.replace(config, context_samples=n) for n in (64, 256)]
+    first, second = (plan.plan(config, "cpu:1") for config in windows)
+    assert first.flops == second.flops > 0
+    assert first.targets_per_step == second.targets_per_step == 4 * 32
 
 
 # What doesn't fit.
