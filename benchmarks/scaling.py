@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXTS = ("ctx128k", "ctx512k", "ctx1m")
+BASELINES = {"wavenet": 1, "samplernn": 32, "sashimi": 1}  # rows of each device
 DEVICES = {"a100:4": 4, "v5e-16": 16, "v5p-128": 64, "v6e-256": 256}
 Row = tuple[str, str, list[str]]  # configuration, machine, flags
 
@@ -19,7 +20,7 @@ Row = tuple[str, str, list[str]]  # configuration, machine, flags
 def machines() -> list[Row]:
     """Every configuration on every machine: dense with a row for each device, last with 40 or so.
 
-    A row of a million samples is shared by four devices.
+    A row of a million samples is shared by four devices. The baselines follow.
     """
     rows = []
     for machine, devices in DEVICES.items():
@@ -29,6 +30,8 @@ def machines() -> list[Row]:
             rows.append((f"{context}:dense", machine, dense))
             last = [f"train.batch_size={-(-40 // devices) * devices}"]
             rows.append((context, machine, last))
+        for name, each in BASELINES.items():
+            rows.append((name, machine, [f"train.batch_size={each * devices}"]))
     return rows
 
 

@@ -148,7 +148,7 @@ def remedy(config: Config) -> str:
     tries = []
     if config.train.micro_batch_size != 1:
         tries.append("--config.train.micro_batch_size=1")
-    if config.objective == "dense":
+    if config.objective == "dense" and not config.is_baseline:
         tries.append("smaller --config.run.phase_chunk and --config.run.encode_chunk_patches")
         tries.append(f"--config.run.context_devices={2 * config.run.context_devices}")
     if config.model.compute_dtype == "float32":
@@ -166,11 +166,14 @@ def table(found: Plan) -> str:
     has = f" of {gib(found.has_bytes)}" if found.has_bytes else ""
     count = found.batch_size // (found.rows_at_once * found.mesh["data"])
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
-    useful = f"useful {found.useful_flops:.4g}, " if found.useful_flops else ""
+    useful, chunks = "", ""
+    if found.useful_flops:  # else it is a baseline
+        useful = f"useful {found.useful_flops:.4g}, "
+        chunks = f", {found.phase_chunk} phases and {found.encode_chunk_patches} patches at a time"
     lines = [
         f"{found.config} on {found.topology}: {found.devices} devices, mesh {mesh}",
-        f"batch {found.batch_size}: {count} micro-batches of {found.rows_at_once} rows at once, "
-        f"{found.phase_chunk} phases and {found.encode_chunk_patches} patches at a time",
+        f"batch {found.batch_size}: {count} micro-batches of {found.rows_at_once} rows at once"
+        + chunks,
         f"memory: {gib(sum(found.memory_bytes.values()))}{has} GiB",
         *(f"  {kind:14} {gib(size):>8}" for kind, size in found.memory_bytes.items()),
         f"FLOPs: {useful}compiled {found.flops:.4g}",

@@ -287,8 +287,8 @@ def closing_words(
         f"metrics:      {workdir}/metrics.jsonl and {workdir}/tensorboard",
         "go on with:",
         f"  python -m patchwave_jax.evaluate --workdir={workdir} --split=test --yardsticks",
-        f"  python -m patchwave_jax.generate --workdir={workdir} --seconds=4 "
-        f"--out={workdir}/generated",
+        f"  python -m patchwave_jax.generate --workdir={workdir} --prompt_split=validation "
+        f"--prompt_seconds=4 --seconds=4 --temperature=0.9 --out={workdir}/generated",
         f"  python -m patchwave_jax.report --workdir={workdir}   # one page: curves, tables, audio",
     ]
     return "\n".join(lines)
