@@ -185,7 +185,7 @@ def commands(workdir: Path) -> list[str]:
         f"python -m patchwave_jax.score --workdir={workdir} FILE...",
         f"python -m patchwave_jax.report --workdir={workdir}",
         f"python -m patchwave_jax.generate --workdir={workdir} --prompt_split=validation --num=4 "
-        f"--prompt_seconds=4 --seconds=4 --temperature=0.9 --out={workdir}/generated",
+        f"--prompt_seconds=4 --seconds=4 --temperature=0.9 --top_p=0.98 --out={workdir}/generated",
     ]
 
 

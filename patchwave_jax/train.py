@@ -288,7 +288,7 @@ def closing_words(
         "go on with:",
         f"  python -m patchwave_jax.evaluate --workdir={workdir} --split=test --yardsticks",
         f"  python -m patchwave_jax.generate --workdir={workdir} --prompt_split=validation "
-        f"--prompt_seconds=4 --seconds=4 --temperature=0.9 --out={workdir}/generated",
+        f"--prompt_seconds=4 --seconds=4 --temperature=0.9 --top_p=0.98 --out={workdir}/generated",
         f"  python -m patchwave_jax.report --workdir={workdir}   # one page: curves, tables, audio",
     ]
     return "\n".join(lines)
