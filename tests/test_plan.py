@@ -207,11 +207,12 @@ def test_useful_flops_are_most_of_the_compiled(plans):
 
 def test_samplernn_is_planned_by_the_segments_that_its_steps_read():
     network = SampleRNNConfig((4, 2, 2), width=16, embedding_width=8, segment_samples=32)
-    config = dataclasses.replace(config_of("context"), model=network, run=RunConfig())
+    train = TrainConfig(batch_size=8)
+    config = dataclasses.replace(config_of("last"), objective="dense", model=network, train=train)
     windows = [dataclasses.replace(config, context_samples=n) for n in (64, 256)]
-    first, second = (plan.plan(config, "cpu:1") for config in windows)
+    first, second = (plan.plan(config, "cpu:8") for config in windows)
     assert first.flops == second.flops > 0
-    assert first.targets_per_step == second.targets_per_step == 4 * 32
+    assert first.targets_per_step == second.targets_per_step == 8 * 32
 
 
 # What doesn't fit.
