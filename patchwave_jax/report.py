@@ -23,6 +23,7 @@ from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError, exits_cleanly
 from patchwave_jax.evaluate import check_output, open_splits
 from patchwave_jax.panels import context_panels, excerpts, generated, picture
+from patchwave_jax.prompts import CONTINUATION
 from patchwave_jax.step import count_parameters
 from patchwave_jax.tally import LN2, MODEL, Tally
 
@@ -184,8 +185,8 @@ def commands(workdir: Path) -> list[str]:
         f"python -m patchwave_jax.evaluate --workdir={workdir} --split=test --yardsticks",
         f"python -m patchwave_jax.score --workdir={workdir} FILE...",
         f"python -m patchwave_jax.report --workdir={workdir}",
-        f"python -m patchwave_jax.generate --workdir={workdir} --prompt_split=validation --num=4 "
-        f"--prompt_seconds=4 --seconds=4 --temperature=0.9 --top_p=0.98 --out={workdir}/generated",
+        f"python -m patchwave_jax.generate --workdir={workdir} {CONTINUATION} --num=4 "
+        f"--out={workdir}/generated",
     ]
 
 

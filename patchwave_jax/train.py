@@ -44,6 +44,7 @@ from patchwave_jax.lock import Lock
 from patchwave_jax.log import Log
 from patchwave_jax.mesh import make_mesh
 from patchwave_jax.optimizer import make_schedule
+from patchwave_jax.prompts import CONTINUATION
 from patchwave_jax.samplernn import SampleRNNConfig
 from patchwave_jax.sashimi import SaShiMiConfig
 from patchwave_jax.step import LN2, State, Step, count_parameters, keep_compilations, make_step
@@ -287,8 +288,8 @@ def closing_words(
         f"metrics:      {workdir}/metrics.jsonl and {workdir}/tensorboard",
         "go on with:",
         f"  python -m patchwave_jax.evaluate --workdir={workdir} --split=test --yardsticks",
-        f"  python -m patchwave_jax.generate --workdir={workdir} --prompt_split=validation "
-        f"--prompt_seconds=4 --seconds=4 --temperature=0.9 --top_p=0.98 --out={workdir}/generated",
+        f"  python -m patchwave_jax.generate --workdir={workdir} {CONTINUATION} "
+        f"--out={workdir}/generated",
         f"  python -m patchwave_jax.report --workdir={workdir}   # one page: curves, tables, audio",
     ]
     return "\n".join(lines)

@@ -122,7 +122,7 @@ def test_two_processes_go_one_way_and_one_goes_on(data, cache, tmp_path):
 
 
 def test_what_two_processes_carry_one_carries_on(data, cache, tmp_path):
-    """SampleRNN's state lies by rows over all devices; stopped within a clip, gone on by one."""
+    """SampleRNN's state lies by rows over all devices; stopped at any step, gone on by one."""
     command = ["-m", "patchwave_jax.train", f"--config={HERE / 'pod/tiny.py'}:samplernn"]
     command += [f"--workdir={tmp_path / 'two'}", f"--config.data.data_dir={data}"]
     with Pair(cache, *command, "--config.train.num_steps=100_000") as pair:

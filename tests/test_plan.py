@@ -213,6 +213,8 @@ def test_samplernn_is_planned_by_the_segments_that_its_steps_read():
     first, second = (plan.plan(config, "cpu:8") for config in windows)
     assert first.flops == second.flops > 0
     assert first.targets_per_step == second.targets_per_step == 8 * 32
+    assert "phases" not in plan.table(first)  # which only ours has
+    assert "phase_chunk" not in plan.remedy(windows[0])
 
 
 # What doesn't fit.
