@@ -61,11 +61,13 @@ CHOICES: dict[str, dict[str, Any]] = {
 VARIANTS = PARTS | CHOICES
 
 
-def make_config(name: str, args: argparse.Namespace, seed: int, steps: int) -> Config:
+def make_config(
+    changes: dict[str, Any], args: argparse.Namespace, seed: int, steps: int | None = None
+) -> Config:
+    """The small recipe with `changes`, on the data and for the steps of the command line."""
     data = DataConfig(dataset=args.dataset, data_dir=args.data_dir or "")
-    tree = to_config_dict(recipes.small(data, num_steps=steps, evals=1))
-    changes = {**VARIANTS[name], "seed": seed, "run.sample_every_steps": 0}
-    tree.update_from_flattened_dict(changes)
+    tree = to_config_dict(recipes.small(data, num_steps=steps or args.steps, evals=1))
+    tree.update_from_flattened_dict({**changes, "seed": seed, "run.sample_every_steps": 0})
     return from_config_dict(tree.to_dict())
 
 
@@ -99,14 +101,14 @@ def main(argv: list[str] | None = None) -> None:
     for name in [RECIPE, *(name for name in args.only if name != RECIPE)]:
         folder = args.out / name.replace(", ", "-").replace(" ", "_")
         runs = [
-            run(make_config(name, args, seed, args.steps), folder / f"seed{seed}")
+            run(make_config(VARIANTS[name], args, seed), folder / f"seed{seed}")
             for seed in range(args.seeds)
         ]
         minutes = statistics.median(minutes for _, minutes in runs)
         time_of_recipe = time_of_recipe or minutes
         steps, equal = round(args.steps * time_of_recipe / minutes), runs[0]
         if abs(steps - args.steps) > 0.05 * args.steps:
-            equal = run(make_config(name, args, 0, steps), folder / f"{steps}steps")
+            equal = run(make_config(VARIANTS[name], args, 0, steps), folder / f"{steps}steps")
         last = runs[0][0]
         table.append(
             {

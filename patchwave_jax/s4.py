@@ -28,6 +28,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Complex, Float
 
+from patchwave_jax import fourier
+
 MIN_STEP, MAX_STEP = 1e-3, 1e-1  # dt at the start, log-uniform
 CHUNK_TERMS = 2**18  # terms of the Cauchy sums that are in memory at once
 
@@ -160,7 +162,7 @@ class S4(nnx.Module):
 
         transform = lax.map(chunk, jnp.arange(-(-count // size)))
         transform = jnp.moveaxis(transform, 0, 1).reshape(shape[0], -1)[:, :count]
-        return jnp.fft.irfft(transform, length)
+        return fourier.irfft(transform, length)
 
     # The recurrence.
 
@@ -217,10 +219,7 @@ def causal_convolution(
     u: Float[Array, "B T D"], kernel: Float[Array, "D T"]
 ) -> Float[Array, "B T D"]:
     """y[t] = sum_l kernel[l] u[t - l], by Fourier transforms of twice the length."""
-    samples = u.shape[1]
-    transform = jnp.fft.rfft(kernel.T, 2 * samples, axis=0)
-    y = jnp.fft.irfft(jnp.fft.rfft(u, 2 * samples, axis=1) * transform, 2 * samples, axis=1)
-    return y[:, :samples]
+    return jnp.swapaxes(fourier.convolution(jnp.swapaxes(u, 1, 2), kernel), 1, 2)
 
 
 def hippo_legs(state_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from conftest import random_codes
 from flax import nnx
 from jax import lax
 
-from patchwave_jax import s4
+from patchwave_jax import fourier, s4
 from patchwave_jax.s4 import S4, hippo_legs
 from patchwave_jax.sashimi import SaShiMi, SaShiMiConfig, s4_parameters
 
@@ -139,6 +139,37 @@ def assert_gradients_close(found: dict, expected: dict) -> None:
         np.testing.assert_allclose(f, e, rtol=0, atol=2e-4 * np.abs(e).max() + 1e-8, err_msg=name)
 
 
+# Fourier transforms.
+
+
+def choose_products(*args, tpu, default):
+    """Instead of `lax.platform_dependent`: what a TPU runs."""
+    return tpu(*args)
+
+
+@pytest.mark.parametrize("samples", [1, 7, 48, 360, 1_000])
+def test_products_are_a_convolution(samples, monkeypatch):
+    x, kernel = np.random.default_rng(0).normal(size=(2, 3, samples))
+    expected = [np.convolve(*pair)[:samples] for pair in zip(x, kernel, strict=True)]
+    with jax.enable_x64(True):
+        for platform_dependent in (lax.platform_dependent, choose_products):
+            monkeypatch.setattr(lax, "platform_dependent", platform_dependent)
+            np.testing.assert_allclose(fourier.convolution(x, kernel), expected, atol=1e-10)
+            spectrum = np.fft.rfft(x)
+            np.testing.assert_allclose(fourier.irfft(spectrum, samples), x, atol=1e-10)
+
+
+def test_no_fourier_transform_on_a_tpu():
+    """Long ones are more than its compiler can do."""
+    config = dataclasses.replace(SMALL, num_layers=1, pools=(4,))
+    model, codes = SaShiMi(config, rngs=nnx.Rngs(0)), random_codes(1, 320)
+    step = jax.jit(jax.grad(lambda params: nnx.merge(graphdef, params).logits(codes).sum()))
+    graphdef, params = nnx.split(model)
+    for platform, transforms in (("cpu", True), ("tpu", False)):
+        text = step.trace(params).lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.fft" in text) == transforms
+
+
 # S4.
 
 
@@ -156,10 +187,19 @@ def test_legs_in_diagonal_form():
     np.testing.assert_allclose(response, expected)
 
 
-@pytest.mark.parametrize(("length", "terms"), [(200, 2**20), (201, 2_000), (1, 2**20)])
-def test_kernel_and_recurrence_are_the_dense_model(length, terms, monkeypatch):
+@pytest.mark.parametrize(
+    ("length", "terms", "platform_dependent"),
+    [
+        (200, 2**20, lax.platform_dependent),
+        (201, 2_000, lax.platform_dependent),
+        (1, 2**20, lax.platform_dependent),
+        (200, 2_000, choose_products),
+    ],
+)
+def test_kernel_and_recurrence_are_the_dense_model(length, terms, platform_dependent, monkeypatch):
     """In float64, against C dA^l dB with the N x N matrices of the definition."""
     monkeypatch.setattr(s4, "CHUNK_TERMS", terms)
+    monkeypatch.setattr(lax, "platform_dependent", platform_dependent)
     layer = S4(6, 16, rngs=nnx.Rngs(1))
     dt, Lambda, D = (np.asarray(x, np.complex128) for x in (layer.dt, layer.Lambda, layer.D[...]))
     stored = [np.asarray(x[...], float) @ [1, 1j] for x in (layer.P, layer.B, layer.C)]

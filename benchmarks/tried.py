@@ -1,0 +1,120 @@
+"""What was tried and is not in the package: `python -m benchmarks.tried --out=DIR`.
+
+Trains the small recipe and, patched from here, the same with something that other systems do:
+other optimizers, an average of the weights, other activations and initialisation, a deeper readout.
+Each gets the same targets in the same batches, and is measured as in `benchmarks.ablations`.
+Prints JSON and a Markdown table.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from flax import nnx
+
+from benchmarks import ablations
+from patchwave_jax import step, train
+from patchwave_jax.errors import exits_cleanly
+from patchwave_jax.model import PatchWave
+from patchwave_jax.optimizer import make_schedule
+
+CONSTANT = ablations.CHOICES["constant learning rate"]
+Patch = contextlib.AbstractContextManager[Any]
+
+
+def optimizer(make: Callable[[Any], optax.GradientTransformation]) -> Patch:
+    """With one made from a schedule."""
+    return mock.patch.object(step, "make_optimizer", lambda config: make(make_schedule(config)))
+
+
+def readout(activation: Callable, *, layers: int = 1, scale: float = 1.0) -> Patch:
+    """With another activation, residual layers behind the first, or larger initial weights."""
+    start = PatchWave.__init__
+
+    def init(self, config, *, rngs, **kwargs):
+        start(self, config, rngs=rngs, **kwargs)
+        self.readout.kernel[...] = self.readout.kernel[...] * scale
+        width = config.readout_width
+        self.more = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(layers - 1)])
+
+    def hidden(self, states, skip, prediction, key=None):
+        x = self.norm(states if skip is None else states + skip).astype(states.dtype)
+        x = activation(self.readout(jnp.concatenate([x, prediction.features.astype(x.dtype)], -1)))
+        for layer in self.more:
+            x = x + activation(layer(x))
+        return x
+
+    return mock.patch.multiple(PatchWave, __init__=init, hidden=hidden)
+
+
+@contextlib.contextmanager
+def average(decay: float) -> Iterator[None]:
+    """Validates an exponential average of the weights; its first steps weigh what there is."""
+    make, mix = train.make_step, jax.jit(optax.incremental_update)
+
+    def make_step(config, mesh):
+        made, kept, steps = make(config, mesh), None, 0
+
+        def update(state, codes):
+            nonlocal kept, steps
+            state, metrics = made.update(state, codes)
+            steps += 1
+            new = 1 - min(decay, steps / (steps + 9))
+            kept = mix(state["params"], state["params"] if kept is None else kept, new)
+            return state, metrics
+
+        return dataclasses.replace(made, update=update, whole=lambda params: kept)
+
+    with mock.patch.object(train, "make_step", make_step):
+        yield
+
+
+TRIED: dict[str, tuple[Callable[[], Patch], dict[str, Any]]] = {
+    ablations.RECIPE: (contextlib.nullcontext, {}),
+    "NAdam": (lambda: optimizer(lambda rate: optax.adamw(rate, weight_decay=0, nesterov=True)), {}),
+    "Lion, learning rate 8e-4": (
+        lambda: optimizer(optax.lion),
+        {"train.learning_rate": 8e-4, "train.final_learning_rate": 8e-6},
+    ),
+    "Muon, learning rate 4e-3": (lambda: optimizer(optax.contrib.muon), {}),
+    "weights averaged, 0.9": (lambda: average(0.9), {}),
+    "constant learning rate, weights averaged, 0.95": (lambda: average(0.95), CONSTANT),
+    "readout with GELU": (lambda: readout(jax.nn.gelu), {}),
+    "readout with SiLU": (lambda: readout(jax.nn.silu), {}),
+    "readout of two layers": (lambda: readout(jax.nn.relu, layers=2), {}),
+    "readout initialised for ReLU": (lambda: readout(jax.nn.relu, scale=2**0.5), {}),
+}
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    """Parses the command line, trains, prints."""
+    parser = argparse.ArgumentParser("python -m benchmarks.tried", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="where the runs live")
+    parser.add_argument("--dataset", default="piano_demo")
+    parser.add_argument("--data_dir", help="where the dataset is; default: as in training")
+    parser.add_argument("--steps", type=int, default=60, help="of 32,000 targets")
+    args = parser.parse_args(argv)
+    rows = []
+    for name, (patch, changes) in TRIED.items():
+        folder = args.out / name.replace(", ", "-").replace(" ", "_") / "seed0"
+        with patch():
+            last, minutes = ablations.run(ablations.make_config(changes, args, 0), folder)
+        rows.append({"variant": name, "bits": last["nll_bits"], "minutes": minutes, **last})
+    print(json.dumps(rows, indent=1))
+    print(f"\n| variant | bits after {args.steps * 32_000:,} targets | minutes |\n|---|--:|--:|")
+    for row in rows:
+        print(f"| {row['variant']} | {row['bits']:.3f} | {row['minutes']:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
