@@ -113,11 +113,11 @@ def main(argv: list[str] | None = None) -> None:
         table.append(
             {
                 "variant": name,
-                "bits": [round(row["nll_bits"], 4) for row, _ in runs],
+                "bits": [row["nll_bits"] for row, _ in runs],
                 "bits_low": last["bits_low"],
                 "bits_high": last["bits_high"],
                 "minutes": round(minutes, 2),
-                "bits_at_equal_time": round(equal[0]["nll_bits"], 4),
+                "bits_at_equal_time": equal[0]["nll_bits"],
                 "steps_at_equal_time": steps,
                 "quantiser": last["quantiser"],
                 "context_max": last["context_max"],

@@ -106,12 +106,12 @@ def main(argv: list[str] | None = None) -> None:
     for name, (patch, changes) in TRIED.items():
         folder = args.out / name.replace(", ", "-").replace(" ", "_") / "seed0"
         with patch():
-            last, minutes = ablations.run(ablations.make_config(changes, args, 0), folder)
-        rows.append({"variant": name, "bits": last["nll_bits"], "minutes": minutes, **last})
+            last, _ = ablations.run(ablations.make_config(changes, args, 0), folder)
+        rows.append({"variant": name, **last})
     print(json.dumps(rows, indent=1))
-    print(f"\n| variant | bits after {args.steps * 32_000:,} targets | minutes |\n|---|--:|--:|")
+    print(f"\n| variant | bits after {args.steps * 32_000:,} targets |\n|---|--:|")
     for row in rows:
-        print(f"| {row['variant']} | {row['bits']:.3f} | {row['minutes']:.1f} |")
+        print(f"| {row['variant']} | {row['nll_bits']:.3f} |")
 
 
 if __name__ == "__main__":
