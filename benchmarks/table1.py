@@ -9,11 +9,10 @@ the context that each system has there. Writes OUT/NAME.json for each, whose che
 OUT/NAME, then OUT/table1.md and OUT/table1.png. A system whose JSON is there is not run again.
 
 The networks are full-size but for ours, which is `configs/laptop.py`. Steps are small enough for
-two CPU cores: few rows (`--batch wavenet=4` for others) and windows of 16,384 for WaveNet and
-4,096 for SaShiMi, which needs many steps to start with, instead of 131,072. With `--full` all
-steps, and our network, are as in `configs/`. Learning rates are each recipe's own; they fall over
-as many steps as a short trial says will fit. Samples a second are those of one stream in the middle
-of a window, without slides.
+two CPU cores: few rows (`--batch wavenet=4` for others) and for WaveNet and SaShiMi windows of
+16,384 instead of 131,072. With `--full` all steps, and our network, are as in `configs/`. Learning
+rates are each recipe's own; they fall over as many steps as a short trial says will fit. Samples a
+second are those of one stream in the middle of a window, without slides.
 """
 
 import argparse
@@ -64,7 +63,7 @@ def configuration(name: str, full: bool) -> Config:
         return sized(config, full, context_samples=16_384, batch_size=2)
     if name == "sashimi":
         config = recipes.baseline(SaShiMiConfig(num_layers=6), learning_rate=4e-3)
-        return sized(config, full, context_samples=4_096, batch_size=2)
+        return sized(config, full, context_samples=16_384, batch_size=2)
     config = recipes.baseline(
         SampleRNNConfig(), learning_rate=1e-3, batch_size=128, micro_batch_size=0, clip_norm=1.0
     )
