@@ -135,6 +135,24 @@ def test_samplernn_updates_once_a_segment_with_what_it_carries():
             np.testing.assert_allclose(metrics["nll_nats"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("model", [WAVENET, dataclasses.replace(SASHIMI, pools=(4,))])
+def test_eight_devices_train_as_one(model):
+    config = dataclasses.replace(small("wavenet"), model=model)
+    codes = random_codes(8, 256)
+
+    def losses(devices):
+        made = make_step(config, mesh(devices))
+        state, metrics = made.init(), []
+        for _ in range(3):
+            state, found = made.update(state, codes)
+            metrics.append([found["nll_nats"], found["gradient_norm"]])
+        return np.asarray(metrics)
+
+    one = losses(1)
+    assert one[2, 0] < one[0, 0]
+    np.testing.assert_allclose(losses(8), one, rtol=1e-4)
+
+
 def test_s4_has_its_own_learning_rate():
     """Adam's first step moves every parameter by its rate, whatever the gradient."""
     config = small("sashimi")
