@@ -61,6 +61,21 @@ CHOICES: dict[str, dict[str, Any]] = {
 VARIANTS = PARTS | CHOICES
 
 
+def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """The flags that say what to train on, for how long, and where runs live."""
+    parser = argparse.ArgumentParser(program, description=description)
+    parser.add_argument("--out", type=Path, required=True, help="where the runs live")
+    parser.add_argument("--dataset", default="piano_demo")
+    parser.add_argument("--data_dir", help="where the dataset is; default: as in training")
+    parser.add_argument("--steps", type=int, default=60, help="of 32,000 targets")
+    return parser
+
+
+def make_folder(args: argparse.Namespace, name: str) -> Path:
+    """Where the runs of a variant live."""
+    return args.out / name.replace(", ", "-").replace(" ", "_")
+
+
 def make_config(
     changes: dict[str, Any], args: argparse.Namespace, seed: int, steps: int | None = None
 ) -> Config:
@@ -82,11 +97,7 @@ def run(config: Config, workdir: Path) -> tuple[dict[str, Any], float]:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line, trains, prints."""
-    parser = argparse.ArgumentParser("python -m benchmarks.ablations", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="where the runs live")
-    parser.add_argument("--dataset", default="piano_demo")
-    parser.add_argument("--data_dir", help="where the dataset is; default: as in training")
-    parser.add_argument("--steps", type=int, default=120, help="of 32,000 targets")
+    parser = make_parser("python -m benchmarks.ablations", __doc__)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=list(PARTS), help="names of variants")
     parser.add_argument(
@@ -99,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
 
     table, time_of_recipe = [], None
     for name in [RECIPE, *(name for name in args.only if name != RECIPE)]:
-        folder = args.out / name.replace(", ", "-").replace(" ", "_")
+        folder = make_folder(args, name)
         runs = [
             run(make_config(VARIANTS[name], args, seed), folder / f"seed{seed}")
             for seed in range(args.seeds)

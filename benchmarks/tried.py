@@ -6,12 +6,10 @@ Each gets the same targets in the same batches, and is measured as in `benchmark
 Prints JSON and a Markdown table.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -96,15 +94,10 @@ TRIED: dict[str, tuple[Callable[[], Patch], dict[str, Any]]] = {
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line, trains, prints."""
-    parser = argparse.ArgumentParser("python -m benchmarks.tried", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="where the runs live")
-    parser.add_argument("--dataset", default="piano_demo")
-    parser.add_argument("--data_dir", help="where the dataset is; default: as in training")
-    parser.add_argument("--steps", type=int, default=60, help="of 32,000 targets")
-    args = parser.parse_args(argv)
+    args = ablations.make_parser("python -m benchmarks.tried", __doc__).parse_args(argv)
     rows = []
     for name, (patch, changes) in TRIED.items():
-        folder = args.out / name.replace(", ", "-").replace(" ", "_") / "seed0"
+        folder = ablations.make_folder(args, name) / "seed0"
         with patch():
             last, _ = ablations.run(ablations.make_config(changes, args, 0), folder)
         rows.append({"variant": name, **last})

@@ -18,8 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-# A float32 is three bfloat16s; products of the smallest ones are left out. "highest" has them, and
-# takes twice as long to compute and to compile.
+# On a TPU three passes in bfloat16, half of "highest"; one would not do (tests/test_fourier.py).
 _sum = partial(jnp.einsum, precision="high")
 
 
@@ -29,7 +28,7 @@ def convolution(x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Float[Ar
     n = 2 * samples
 
     def by_products(x: Array, kernel: Array) -> Array:
-        return irfft_by_products(_times(rfft_by_products(x, n), rfft_by_products(kernel, n)), n)
+        return _samples(_times(_spectrum(x, n), _spectrum(kernel, n)), n)
 
     def by_library(x: Array, kernel: Array) -> Array:
         return jnp.fft.irfft(jnp.fft.rfft(x, n) * jnp.fft.rfft(kernel, n), n)
@@ -41,16 +40,16 @@ def irfft(x: Complex[Array, "..."], n: int) -> Float[Array, "..."]:
     """`jnp.fft.irfft` along the last axis: the `n` samples of frequencies 0 to n // 2."""
 
     def by_products(x: Array) -> Array:
-        a, b = factors(n)
+        a, b = _factors(n)
         parts = _padded(jnp.stack([x.real, x.imag], -2), a * (b // 2 + 1))
-        return irfft_by_products(parts.reshape(*parts.shape[:-1], -1, a), n)
+        return _samples(parts.reshape(*parts.shape[:-1], -1, a), n)
 
     return lax.platform_dependent(x, tpu=by_products, default=partial(jnp.fft.irfft, n=n))
 
 
-def rfft_by_products(x: Float[Array, "... T"], n: int) -> Float[Array, "... 2 l k"]:
+def _spectrum(x: Float[Array, "... T"], n: int) -> Float[Array, "... 2 l k"]:
     """The spectrum of `x` with zeros behind it up to `n` samples, by the equation above."""
-    a, b = factors(n)
+    a, b = _factors(n)
     rows = -(-x.shape[-1] // b)  # of which something is not zero
     x = _padded(x, rows * b).reshape(*x.shape[:-1], rows, b)
     y = _sum("hqk,...hj->...qkj", _rotation(rows, a, a, x.dtype)[0], x)
@@ -58,32 +57,34 @@ def rfft_by_products(x: Float[Array, "... T"], n: int) -> Float[Array, "... 2 l 
     return _sum("pjql,...pkj->...qlk", _rotation(b, b // 2 + 1, b, x.dtype), y)
 
 
-def irfft_by_products(x: Float[Array, "... 2 l k"], n: int) -> Float[Array, "... n"]:
+def _samples(x: Float[Array, "... 2 l k"], n: int) -> Float[Array, "... n"]:
     """The samples of a spectrum: the way back, by the same matrices transposed.
 
     A frequency and its mirror image are one term.
     """
-    a, b = factors(n)
+    a, b = _factors(n)
     frequency = np.arange(a * (b // 2 + 1)).reshape(-1, a)
     terms = np.where(2 * frequency % n == 0, 1, 2) * (frequency <= n // 2) / n
     x = x * terms.astype(x.dtype)
     y = _sum("pjql,...qlk->...pkj", _rotation(b, b // 2 + 1, b, x.dtype), x)
-    y = _times(y, _roots(a, -b, n, x.dtype))
+    y = _times(y, _roots(a, b, n, x.dtype, sign=1))
     z = _sum("hqk,...qkj->...hj", _rotation(a, a, a, x.dtype)[0], y)
     return z.reshape(*z.shape[:-2], n)
 
 
-def factors(n: int) -> tuple[int, int]:
+def _factors(n: int) -> tuple[int, int]:
     """a <= b with a b = n, as near to each other as they can be."""
     a = next(a for a in range(math.isqrt(n), 0, -1) if n % a == 0)
     return a, n // a
 
 
-def _roots(rows: int, columns: int, n: int, dtype: np.dtype) -> Float[Array, "2 rows columns"]:
-    """e^{-2 pi i jk/n} for row j and column k; with `columns` below zero, its conjugate."""
-    turns = jnp.arange(rows)[:, None] * jnp.arange(abs(columns)) % n
+def _roots(
+    rows: int, columns: int, n: int, dtype: np.dtype, sign: int = -1
+) -> Float[Array, "2 rows columns"]:
+    """e^{sign 2 pi i jk/n} for row j and column k."""
+    turns = jnp.arange(rows)[:, None] * jnp.arange(columns) % n
     angle = turns.astype(dtype) * (2 * math.pi / n)
-    return jnp.stack([jnp.cos(angle), -math.copysign(1, columns) * jnp.sin(angle)])
+    return jnp.stack([jnp.cos(angle), sign * jnp.sin(angle)])
 
 
 def _rotation(rows: int, columns: int, n: int, dtype: np.dtype) -> Float[Array, "2 rows 2 columns"]:

@@ -16,8 +16,9 @@ import pytest
 from conftest import random_codes
 from flax import nnx
 from jax import lax
+from test_fourier import choose_products
 
-from patchwave_jax import fourier, s4
+from patchwave_jax import s4
 from patchwave_jax.s4 import S4, hippo_legs
 from patchwave_jax.sashimi import SaShiMi, SaShiMiConfig, s4_parameters
 
@@ -137,37 +138,6 @@ def assert_gradients_close(found: dict, expected: dict) -> None:
     for (path, e), f in zip(flat, jax.tree.leaves(found), strict=True):
         name = jax.tree_util.keystr(path)
         np.testing.assert_allclose(f, e, rtol=0, atol=2e-4 * np.abs(e).max() + 1e-8, err_msg=name)
-
-
-# Fourier transforms.
-
-
-def choose_products(*args, tpu, default):
-    """Instead of `lax.platform_dependent`: what a TPU runs."""
-    return tpu(*args)
-
-
-@pytest.mark.parametrize("samples", [1, 7, 48, 360, 1_000])
-def test_products_are_a_convolution(samples, monkeypatch):
-    x, kernel = np.random.default_rng(0).normal(size=(2, 3, samples))
-    expected = [np.convolve(*pair)[:samples] for pair in zip(x, kernel, strict=True)]
-    with jax.enable_x64(True):
-        for platform_dependent in (lax.platform_dependent, choose_products):
-            monkeypatch.setattr(lax, "platform_dependent", platform_dependent)
-            np.testing.assert_allclose(fourier.convolution(x, kernel), expected, atol=1e-10)
-            spectrum = np.fft.rfft(x)
-            np.testing.assert_allclose(fourier.irfft(spectrum, samples), x, atol=1e-10)
-
-
-def test_no_fourier_transform_on_a_tpu():
-    """Long ones are more than its compiler can do."""
-    config = dataclasses.replace(SMALL, num_layers=1, pools=(4,))
-    model, codes = SaShiMi(config, rngs=nnx.Rngs(0)), random_codes(1, 320)
-    step = jax.jit(jax.grad(lambda params: nnx.merge(graphdef, params).logits(codes).sum()))
-    graphdef, params = nnx.split(model)
-    for platform, transforms in (("cpu", True), ("tpu", False)):
-        text = step.trace(params).lower(lowering_platforms=(platform,)).as_text()
-        assert ("stablehlo.fft" in text) == transforms
 
 
 # S4.

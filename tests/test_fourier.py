@@ -1,0 +1,66 @@
+"""Spectra by matrix products: what a TPU runs, computed here."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_codes
+from flax import nnx
+from jax import lax
+
+from patchwave_jax import fourier
+from patchwave_jax.sashimi import SaShiMi, SaShiMiConfig
+
+
+def choose_products(*args, tpu, default):
+    """Instead of `lax.platform_dependent`: what a TPU runs."""
+    return tpu(*args)
+
+
+@pytest.mark.parametrize("samples", [1, 7, 48, 360, 1_000])
+def test_a_convolution_and_the_way_back(samples, monkeypatch):
+    x, kernel = np.random.default_rng(0).normal(size=(2, 3, samples))
+    expected = [np.convolve(*pair)[:samples] for pair in zip(x, kernel, strict=True)]
+    with jax.enable_x64(True):
+        for platform_dependent in (lax.platform_dependent, choose_products):
+            monkeypatch.setattr(lax, "platform_dependent", platform_dependent)
+            np.testing.assert_allclose(fourier.convolution(x, kernel), expected, atol=1e-10)
+            spectrum = np.fft.rfft(x)
+            np.testing.assert_allclose(fourier.irfft(spectrum, samples), x, atol=1e-10)
+
+
+def in_passes(count, equation, a, b):
+    """A float32 product as a TPU computes it, of numbers cut to one or two bfloat16s."""
+    to_bfloat16 = partial(lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
+    product = partial(jnp.einsum, equation, precision="highest")
+    a1, b1 = to_bfloat16(a), to_bfloat16(b)
+    if count == 1:
+        return product(a1, b1)
+    return product(a1, b1) + product(a1, to_bfloat16(b - b1)) + product(to_bfloat16(a - a1), b1)
+
+
+def test_three_passes_are_enough(monkeypatch):
+    monkeypatch.setattr(lax, "platform_dependent", choose_products)
+    x, kernel = np.random.default_rng(0).normal(size=(2, 2, 4_096)).astype(np.float32)
+    expected = [np.convolve(*pair)[:4_096] for pair in zip(x, kernel, strict=True)]
+
+    def error(count):
+        monkeypatch.setattr(fourier, "_sum", partial(in_passes, count))
+        difference = np.asarray(jax.jit(lambda x: fourier.convolution(x, kernel))(x)) - expected
+        return np.linalg.norm(difference) / np.linalg.norm(expected)
+
+    assert error(1) > 1e-3
+    assert error(3) < 5e-5
+
+
+def test_no_fourier_transform_on_a_tpu():
+    """Long ones are more than its compiler can do."""
+    config = SaShiMiConfig(width=8, num_layers=1, pools=(4,), state_size=16)
+    graphdef, params = nnx.split(SaShiMi(config, rngs=nnx.Rngs(0)))
+    codes = random_codes(1, 320)
+    step = jax.jit(jax.grad(lambda params: nnx.merge(graphdef, params).logits(codes).sum()))
+    for platform, transforms in (("cpu", True), ("tpu", False)):
+        text = step.trace(params).lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.fft" in text) == transforms
