@@ -3,6 +3,7 @@
 Dimensions as in `patchwave_jax.model`.
 """
 
+import functools
 import math
 
 import jax
@@ -86,20 +87,23 @@ class Encoder(nnx.Module):
 def convolve(x, kernel, stride: int, dilation: int):
     """A convolution without padding: [B, T, C] with [k, C, F]."""
     kernel = kernel.astype(x.dtype)
-    if stride > 1 and dilation == 1:
-        # The same sums over blocks of `stride` samples: a stride's backward pass is slow on CPUs.
+    library = functools.partial(
+        lax.conv_general_dilated,
+        padding="VALID",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+    )
+    if stride == 1 or dilation > 1:
+        return library(x, kernel, (stride,), rhs_dilation=(dilation,))
+
+    def by_blocks(x, kernel):
+        """The same sums over blocks of `stride` samples: a stride's gradient is slow on CPUs."""
         taps, channels, filters = kernel.shape
         outputs, blocks = (x.shape[1] - taps) // stride + 1, -(-taps // stride)
         length = (outputs + blocks - 1) * stride
         x = jnp.pad(x, ((0, 0), (0, max(0, length - x.shape[1])), (0, 0)))[:, :length]
         x = x.reshape(x.shape[0], -1, stride * channels)
         kernel = jnp.pad(kernel, ((0, blocks * stride - taps), (0, 0), (0, 0)))
-        kernel, stride = kernel.reshape(blocks, stride * channels, filters), 1
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride,),
-        "VALID",
-        rhs_dilation=(dilation,),
-        dimension_numbers=("NWC", "WIO", "NWC"),
-    )
+        return library(x, kernel.reshape(blocks, stride * channels, filters), (1,))
+
+    strided = functools.partial(library, window_strides=(stride,))
+    return lax.platform_dependent(x, kernel, cpu=by_blocks, default=strided)

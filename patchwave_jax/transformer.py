@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32
 from patchwave_jax.config import ModelConfig
 from patchwave_jax.layers import Key, split, value
 
-MIN_QUERY_BLOCK, MAX_QUERY_BLOCKS = 32, 8  # tokens, and how often a program repeats the block
+QUERY_BLOCK, MAX_QUERY_BLOCKS = 32, 8  # tokens (or a multiple), and how many a program has
 Folded = tuple[Array, Array, Array, Array]  # as `Attention.folded` returns them
 
 
@@ -66,8 +66,22 @@ def attend(
     keys: Float[Array, "M N D"],
     mask: np.ndarray | Array | None,
 ) -> Float[Array, "M n D"]:
-    """Folded attention of `x` to `keys`; `mask` [n, N] is true where a query may look."""
-    return _output(folded, _mix(_queries(folded, x), keys, mask), x)
+    """Folded attention of `x` to `keys`; `mask` [n, N] is true where a query may look.
+
+    Tokens and heads are the rows of one product.
+    """
+    score, score_bias, mix, bias = folded
+    sequences, count, width = x.shape
+    queries = x.reshape(-1, width) @ score.reshape(width, -1) + score_bias.reshape(-1)
+    queries = queries.reshape(sequences, -1, width)
+    scores = jnp.einsum("mrd,mkd->mrk", queries, keys).astype(jnp.float32)
+    if mask is not None:
+        heads = queries.shape[1] // count
+        scores = jnp.where(jnp.repeat(jnp.asarray(mask), heads, 0), scores, -jnp.inf)
+    mixed = jnp.einsum("mrk,mkd->mrd", jax.nn.softmax(scores).astype(keys.dtype), keys)
+    # In this orientation the gradient of `mix` is a product twice as fast on CPUs.
+    out = jnp.einsum("rf,ef->re", mixed.reshape(-1, mix[0].size), mix.reshape(width, -1))
+    return (out + bias).reshape(x.shape)
 
 
 def attend_to_older(folded: Folded, x: Float[Array, "M N D"]) -> Float[Array, "M N D"]:
@@ -76,43 +90,13 @@ def attend_to_older(folded: Folded, x: Float[Array, "M N D"]) -> Float[Array, "M
     Blocks of queries see only the keys that at least one of them may look at: of the scores that
     a mask would throw away, nearly half of all, few are computed.
     """
-    count, heads = x.shape[1], folded[1].shape[0]
-    queries, mixed = _queries(folded, x), []
-    block = max(MIN_QUERY_BLOCK, -(-count // MAX_QUERY_BLOCKS))
+    count, attended = x.shape[1], []
+    block = QUERY_BLOCK * -(-count // (QUERY_BLOCK * MAX_QUERY_BLOCKS))
     for first in range(0, count, block):
         end = min(first + block, count)
-        rows = queries[:, first * heads : end * heads]
         mask = np.arange(end)[None, :] <= np.arange(first, end)[:, None]
-        mixed.append(_mix(rows, x[:, :end], mask))
-    return _output(folded, jnp.concatenate(mixed, 1), x)
-
-
-def _queries(folded: Folded, x: Float[Array, "M n D"]) -> Float[Array, "M n*H D"]:
-    score, score_bias, _, _ = folded
-    sequences, _, width = x.shape
-    queries = x.reshape(-1, width) @ score.reshape(width, -1) + score_bias.reshape(-1)
-    return queries.reshape(sequences, -1, width)
-
-
-def _mix(
-    queries: Float[Array, "M n*H D"], keys: Float[Array, "M N D"], mask: np.ndarray | Array | None
-) -> Float[Array, "M n*H D"]:
-    """The keys, weighted for each query. Tokens and heads are the rows of one product."""
-    scores = jnp.einsum("mrd,mkd->mrk", queries, keys).astype(jnp.float32)
-    if mask is not None:
-        heads = queries.shape[1] // mask.shape[0]
-        scores = jnp.where(jnp.repeat(jnp.asarray(mask), heads, 0), scores, -jnp.inf)
-    return jnp.einsum("mrk,mkd->mrd", jax.nn.softmax(scores).astype(keys.dtype), keys)
-
-
-def _output(
-    folded: Folded, mixed: Float[Array, "M n*H D"], x: Float[Array, "M n D"]
-) -> Float[Array, "M n D"]:
-    _, _, mix, bias = folded
-    width = x.shape[-1]
-    # In this orientation the gradient of `mix` is a product twice as fast on CPUs.
-    out = jnp.einsum("rf,ef->re", mixed.reshape(-1, mix[0].size), mix.reshape(width, -1))
-    return (out + bias).reshape(x.shape)
+        attended.append(attend(folded, x[:, first:end], x[:, :end], mask))
+    return jnp.concatenate(attended, 1)
 
 
 class Block(nnx.Module):

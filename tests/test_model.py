@@ -13,7 +13,7 @@ from flax import nnx
 from patchwave_jax.config import ModelConfig
 from patchwave_jax.model import PatchWave
 from patchwave_jax.quantisers import SILENCE
-from patchwave_jax.transformer import MIN_QUERY_BLOCK, Attention, positions
+from patchwave_jax.transformer import QUERY_BLOCK, Attention, positions
 
 LARGE_PATCH = dataclasses.replace(
     SMALL,
@@ -187,7 +187,7 @@ def test_patch_form_sees_all_of_the_window_but_what_its_receptive_field_leaves_o
 @pytest.mark.parametrize("causal", [True, False])
 def test_folded_attention_equals_the_plain_form(causal):
     """Values and gradients, biases included, over more tokens than one block of queries has."""
-    count = 2 * MIN_QUERY_BLOCK + 7
+    count = 2 * QUERY_BLOCK + 7
     config = dataclasses.replace(SMALL, head_size=12)
     attention = Attention(config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(attention)
