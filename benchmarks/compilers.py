@@ -51,6 +51,11 @@ def plain_attention(self: transformer.Attention, x, causal: bool, folded: Any = 
     return self.output(mixed.reshape(*x.shape[:2], -1))
 
 
+def all_scores(folded: transformer.Folded, x):
+    """`attend_to_older` in one block."""
+    return transformer.attend(folded, x, x, jnp.tril(jnp.ones((x.shape[1],) * 2, bool)))
+
+
 def checkpointed(function: Callable, pieces: list) -> list:
     """`chunks.recomputed` by what JAX has."""
     return [jax.checkpoint(function)(*piece) for piece in pieces]
@@ -64,7 +69,7 @@ NETWORK: list[Variant] = [
     ("ours, without predictors", {}, nothing),
     ("20 phases at once, as on a CPU", {"phase_chunk": 20}, nothing),
     ("gradients after all values", {}, patch(model, "mean_over_chunks", gradient_afterwards)),
-    ("all scores, the later masked", {}, patch(transformer, "MAX_QUERY_BLOCKS", 1)),
+    ("all scores, the later masked", {}, patch(transformer, "attend_to_older", all_scores)),
     ("attention not folded", {}, patch(transformer.Attention, "__call__", plain_attention)),
     ("16 patches encoded at once", {"encode_chunk_patches": 16}, nothing),
     (

@@ -11,7 +11,7 @@ from patchwave_jax.context import Shards
 from patchwave_jax.distributed import least
 from patchwave_jax.errors import UserError
 
-CPU_CHUNK_BYTES = 100e6
+ON_CHIP_BYTES = 100e6  # for a CPU's caches and a TPU's vector memory
 
 
 def choose_chunks(
@@ -21,8 +21,8 @@ def choose_chunks(
 
     What the configuration leaves at 0 is chosen for the device's memory, of which a third is for
     the encoder's activations (half of the machine's counts where the device does not tell). The
-    Transformer's, kept for one chunk of phases, take up to a 24th of it, but on a CPU not much
-    more than its caches hold.
+    Transformer's, kept for one chunk of phases, take not much more than fits on the chip of a CPU
+    or a TPU, and up to a 24th of a GPU's memory.
 
     Raises:
       UserError: if what the configuration gives does not divide a device's share.
@@ -32,7 +32,7 @@ def choose_chunks(
     model, run = config.patch_model, config.run
     memory = usable_bytes(device) or _machine_bytes() / 2
     memory = least(memory)  # all processes have to run the same program
-    most = CPU_CHUNK_BYTES if device.platform == "cpu" else memory / 24
+    most = ON_CHIP_BYTES if device.platform in ("cpu", "tpu") else memory / 24
     patches, phases = config.patches, model.patch_samples // config.train.hop
     bytes_each = jnp.dtype(model.compute_dtype).itemsize
     scores = patches if config.objective == "dense" else 2 * patches  # and weights; half if causal

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32
 from patchwave_jax.config import ModelConfig
 from patchwave_jax.layers import Key, split, value
 
-QUERY_BLOCK, MAX_QUERY_BLOCKS = 32, 8  # tokens (or a multiple), and how many a program has
+QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 8  # tokens (or a multiple), and how many a program has
 Folded = tuple[Array, Array, Array, Array]  # as `Attention.folded` returns them
 
 
@@ -91,7 +91,7 @@ def attend_to_older(folded: Folded, x: Float[Array, "M N D"]) -> Float[Array, "M
     a mask would throw away, nearly half of all, few are computed.
     """
     count, attended = x.shape[1], []
-    block = QUERY_BLOCK * -(-count // (QUERY_BLOCK * MAX_QUERY_BLOCKS))
+    block = min(QUERY_BLOCK * -(-count // (QUERY_BLOCK * MAX_QUERY_BLOCKS)), -(-count // 2))
     for first in range(0, count, block):
         end = min(first + block, count)
         mask = np.arange(end)[None, :] <= np.arange(first, end)[:, None]

@@ -296,10 +296,8 @@ def test_a_batch_that_does_not_split_over_the_devices_is_named():
 
 def test_chunks_fit_the_memory_and_divide():
     class Device:
-        platform = "gpu"
-
-        def __init__(self, limit):
-            self.limit = limit
+        def __init__(self, limit, platform="gpu"):
+            self.limit, self.platform = limit, platform
 
         def memory_stats(self):
             return {"bytes_limit": self.limit}
@@ -313,6 +311,8 @@ def test_chunks_fit_the_memory_and_divide():
         assert config.patches % small_device[1] == 0
     chosen = dataclasses.replace(config, run=dataclasses.replace(config.run, phase_chunk=4))
     assert choose_chunks(chosen, 1, Device(80e9))[0] == 4
+    on_chip = {choose_chunks(config, 1, Device(size, "tpu"))[0] for size in (16e9, 95e9)}
+    assert on_chip == {choose_chunks(config, 1, Device(12e9, "cpu"))[0]}
 
 
 def test_the_mixture_starts_from_linear_prediction(data_dir, tmp_path):
