@@ -169,12 +169,16 @@ def _log_bin_mass(low, high, index, means, log_scales):
 
 
 def _correlate(x: Float32[Array, "B T"], taps: Float32[Array, " K"]) -> Float32[Array, "B T-K+1"]:
-    """y[t] = sum_k taps[k] x[t+k], as products of blocks of K outputs with a Toeplitz matrix."""
+    """y[t] = sum_k taps[k] x[t+k], as products of blocks of K outputs with a Toeplitz matrix.
+
+    In full precision: what is predicted is a small difference of large products.
+    """
     k, outputs = taps.shape[0], x.shape[1] - taps.shape[0] + 1
     blocks = -(-outputs // k)
     padded = jnp.pad(x, ((0, 0), (0, (blocks + 1) * k - x.shape[1])))
     halves = padded.reshape(x.shape[0], blocks + 1, k)
     lag = jnp.arange(2 * k)[:, None] - jnp.arange(k)[None, :]
     toeplitz = jnp.where((lag >= 0) & (lag < k), taps[jnp.clip(lag, 0, k - 1)], 0.0)
-    y = jnp.concatenate([halves[:, :-1], halves[:, 1:]], -1) @ toeplitz
+    pairs = jnp.concatenate([halves[:, :-1], halves[:, 1:]], -1)
+    y = jnp.matmul(pairs, toeplitz, precision="highest")
     return y.reshape(x.shape[0], -1)[:, :outputs]
