@@ -7,11 +7,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32
 from scipy.fft import next_fast_len
+
+from patchwave_jax import fourier
 
 RIDGE = 2e-7  # of the window's energy, for each tap
 FLOOR = 1e-9  # energy added for each sample, about the rounding noise of the finest mu-law bins
@@ -30,9 +33,7 @@ def fit(
     """
     samples, taper = newest.shape[1], _taper(newest.shape[1])
     size = next_fast_len(samples + taps, real=True)
-    spectrum = jnp.fft.rfft(newest * taper, size)
-    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
-    correlation = jnp.fft.irfft(power, size)[:, : taps + 1]
+    correlation = fourier.autocorrelation(newest * taper, size, taps + 1)
     energy = correlation[:, 0] * (1 + RIDGE * taps) + FLOOR * samples
     fitted, error = _solve(correlation.at[:, 0].set(energy))
     return fitted, error * energy / np.square(taper).sum()
@@ -82,9 +83,17 @@ def _taper(samples: int) -> Float32[np.ndarray, " W"]:
 
 def map_blocks(of_block: Callable[[Array], Any], starts: Array, taps: int) -> Any:
     """`of_block` of each block's start, for a few at a time, each of which has `taps` in all."""
-    rows = max(1, CPU_TAPS_AT_ONCE // taps)
+    count = starts.size
+
+    def at_once(most: int, starts: Array) -> Any:
+        turns = -(-count // most)
+        rows = -(-count // turns)  # as many in each turn, or the last would be another program
+        padded = jnp.pad(starts, (0, turns * rows - count), mode="edge")
+        made = lax.map(of_block, padded, batch_size=rows)
+        return jax.tree.map(lambda x: x[:count], made)
+
     return lax.platform_dependent(
         starts,
-        cpu=functools.partial(lax.map, of_block, batch_size=rows),
-        default=functools.partial(lax.map, of_block, batch_size=BLOCKS_AT_ONCE),
+        cpu=functools.partial(at_once, max(1, CPU_TAPS_AT_ONCE // taps)),
+        default=functools.partial(at_once, BLOCKS_AT_ONCE),
     )

@@ -18,8 +18,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-# On a TPU three passes in bfloat16, half of "highest"; one would not do (tests/test_fourier.py).
-_sum = partial(jnp.einsum, precision="high")
+# On a TPU a float32 product has six passes in bfloat16, a "high" one three, and JAX's default one.
+# Three are enough for convolutions, not for what predictors are fitted to (tests/test_fourier.py).
+_sum = jnp.einsum
 
 
 def convolution(x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -36,6 +37,23 @@ def convolution(x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Float[Ar
     return lax.platform_dependent(x, kernel, tpu=by_products, default=by_library)[..., :samples]
 
 
+def autocorrelation(x: Float[Array, "... T"], n: int, lags: int) -> Float[Array, "... lags"]:
+    """sum_t x[t] x[t + l] along the last axis for l = 0, 1, ..., by a transform of `n` samples.
+
+    `n` is at least T + lags - 1.
+    """
+
+    def by_products(x: Array) -> Array:
+        power = jnp.square(_spectrum(x, n, "highest")).sum(-3, keepdims=True)
+        return _samples(jnp.concatenate([power, jnp.zeros_like(power)], -3), n, "highest")
+
+    def by_library(x: Array) -> Array:
+        spectrum = jnp.fft.rfft(x, n)
+        return jnp.fft.irfft(jnp.square(spectrum.real) + jnp.square(spectrum.imag), n)
+
+    return lax.platform_dependent(x, tpu=by_products, default=by_library)[..., :lags]
+
+
 def irfft(x: Complex[Array, "..."], n: int) -> Float[Array, "..."]:
     """`jnp.fft.irfft` along the last axis: the `n` samples of frequencies 0 to n // 2."""
 
@@ -47,17 +65,21 @@ def irfft(x: Complex[Array, "..."], n: int) -> Float[Array, "..."]:
     return lax.platform_dependent(x, tpu=by_products, default=partial(jnp.fft.irfft, n=n))
 
 
-def _spectrum(x: Float[Array, "... T"], n: int) -> Float[Array, "... 2 l k"]:
+def _spectrum(
+    x: Float[Array, "... T"], n: int, precision: str = "high"
+) -> Float[Array, "... 2 l k"]:
     """The spectrum of `x` with zeros behind it up to `n` samples, by the equation above."""
     a, b = _factors(n)
     rows = -(-x.shape[-1] // b)  # of which something is not zero
     x = _padded(x, rows * b).reshape(*x.shape[:-1], rows, b)
-    y = _sum("hqk,...hj->...qkj", _rotation(rows, a, a, x.dtype)[0], x)
+    y = _sum("hqk,...hj->...qkj", _rotation(rows, a, a, x.dtype)[0], x, precision=precision)
     y = _times(y, _roots(a, b, n, x.dtype))
-    return _sum("pjql,...pkj->...qlk", _rotation(b, b // 2 + 1, b, x.dtype), y)
+    return _sum("pjql,...pkj->...qlk", _rotation(b, b // 2 + 1, b, x.dtype), y, precision=precision)
 
 
-def _samples(x: Float[Array, "... 2 l k"], n: int) -> Float[Array, "... n"]:
+def _samples(
+    x: Float[Array, "... 2 l k"], n: int, precision: str = "high"
+) -> Float[Array, "... n"]:
     """The samples of a spectrum: the way back, by the same matrices transposed.
 
     A frequency and its mirror image are one term.
@@ -66,9 +88,9 @@ def _samples(x: Float[Array, "... 2 l k"], n: int) -> Float[Array, "... n"]:
     frequency = np.arange(a * (b // 2 + 1)).reshape(-1, a)
     terms = np.where(2 * frequency % n == 0, 1, 2) * (frequency <= n // 2) / n
     x = x * terms.astype(x.dtype)
-    y = _sum("pjql,...qlk->...pkj", _rotation(b, b // 2 + 1, b, x.dtype), x)
+    y = _sum("pjql,...qlk->...pkj", _rotation(b, b // 2 + 1, b, x.dtype), x, precision=precision)
     y = _times(y, _roots(a, b, n, x.dtype, sign=1))
-    z = _sum("hqk,...qkj->...hj", _rotation(a, a, a, x.dtype)[0], y)
+    z = _sum("hqk,...qkj->...hj", _rotation(a, a, a, x.dtype)[0], y, precision=precision)
     return z.reshape(*z.shape[:-2], n)
 
 

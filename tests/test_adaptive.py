@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import smooth_codes
+from jax import lax
 from scipy.linalg import solve_toeplitz
 from scipy.signal import lfilter
 
@@ -80,9 +81,15 @@ def by_hand(predictors: Predictors, waveform, noise, first: int) -> np.ndarray:
     return np.stack(out)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("predictors", [PREDICTORS, CLEAN], ids=["codes", "denoised"])
-def test_predictions_equal_those_made_by_hand(predictors, waveform, noise, monkeypatch):
-    monkeypatch.setattr(autoregression, "CPU_TAPS_AT_ONCE", 64)  # and a remainder
+def test_predictions_equal_those_made_by_hand(predictors, platform, waveform, noise, monkeypatch):
+    def choose(*args, default, **others):
+        return others.get(platform, default)(*args)
+
+    monkeypatch.setattr(lax, "platform_dependent", choose)
+    monkeypatch.setattr(autoregression, "CPU_TAPS_AT_ONCE", 64)  # some turns, the last one padded
+    monkeypatch.setattr(autoregression, "BLOCKS_AT_ONCE", 4)
     waveform, noise = waveform[:, :-7], noise[:, :-7]
     got = jax.jit(predictors.predict, static_argnums=2)(waveform, noise, FIRST)
     np.testing.assert_allclose(got, by_hand(predictors, waveform, noise, FIRST), atol=5e-5)

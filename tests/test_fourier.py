@@ -29,9 +29,12 @@ def test_a_convolution_and_the_way_back(samples, monkeypatch):
             np.testing.assert_allclose(fourier.convolution(x, kernel), expected, atol=1e-10)
             spectrum = np.fft.rfft(x)
             np.testing.assert_allclose(fourier.irfft(spectrum, samples), x, atol=1e-10)
+            of_itself = [np.correlate(row, row, "full")[samples - 1 :] for row in x]
+            got = fourier.autocorrelation(x, 2 * samples, samples)
+            np.testing.assert_allclose(got, of_itself, atol=1e-10)
 
 
-def in_passes(count, equation, a, b):
+def in_passes(count, equation, a, b, precision):
     """A float32 product as a TPU computes it, of numbers cut to one or two bfloat16s."""
     to_bfloat16 = partial(lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
     product = partial(jnp.einsum, equation, precision="highest")
@@ -41,7 +44,7 @@ def in_passes(count, equation, a, b):
     return product(a1, b1) + product(a1, to_bfloat16(b - b1)) + product(to_bfloat16(a - a1), b1)
 
 
-def test_three_passes_are_enough(monkeypatch):
+def test_three_passes_are_enough_for_a_convolution(monkeypatch):
     monkeypatch.setattr(lax, "platform_dependent", choose_products)
     x, kernel = np.random.default_rng(0).normal(size=(2, 2, 4_096)).astype(np.float32)
     expected = [np.convolve(*pair)[:4_096] for pair in zip(x, kernel, strict=True)]

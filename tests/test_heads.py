@@ -126,19 +126,6 @@ def test_correlate_equals_numpy(taps, samples, rng):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_predictions_are_made_of_full_precision_products():
-    """Not of an accelerator's default, one pass in bfloat16 or TF32."""
-    head = mixture()
-    codes = jnp.zeros((1, 200), jnp.uint8)
-    products = [
-        line
-        for line in jax.jit(head.predict).lower(codes).as_text().splitlines()
-        if "dot_general" in line
-    ]
-    assert products
-    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
-
-
 def test_an_untrained_mixture_is_near_linear_prediction(rng):
     """Before the first step it costs no more than a bit over the predictor it starts from."""
     noise = rng.logistic(0, 0.002, 20_000)

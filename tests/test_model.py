@@ -138,6 +138,19 @@ def test_last_objective_equals_logits(config):
     )
 
 
+def test_predictions_on_a_tpu_are_made_of_full_precision_products():
+    """Not of its default, one pass in bfloat16, nor of its library's Fourier transforms."""
+    model = random_model(ADAPTIVE, causal=True)
+    first = model.predictors.reach_samples
+    predict = jax.jit(lambda codes: model._predict(codes, first))
+    traced = predict.trace(random_codes(1, first + 2 * ADAPTIVE.patch_samples))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) > 8
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+    assert "stablehlo.fft" not in text
+
+
 def test_dense_form_is_causal_by_gradient():
     """No logit for sample e depends on sample e or a later one."""
     model, size = random_model(SMALL, causal=True), SMALL.patch_samples
