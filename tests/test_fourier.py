@@ -1,16 +1,19 @@
 """Spectra by matrix products: what a TPU runs, computed here."""
 
 from functools import partial
+from importlib import resources
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soundfile as sf
 from conftest import random_codes
 from flax import nnx
 from jax import lax
 
-from patchwave_jax import fourier
+from patchwave_jax import fourier, quantisers
+from patchwave_jax.autoregression import fit
 from patchwave_jax.sashimi import SaShiMi, SaShiMiConfig
 
 
@@ -56,6 +59,29 @@ def test_three_passes_are_enough_for_a_convolution(monkeypatch):
 
     assert error(1) > 1e-3
     assert error(3) < 5e-5
+
+
+def test_three_passes_are_too_few_for_a_fit(monkeypatch):
+    """Of 192 taps, to 64 places in the demo's piano; the error is of the next 100 samples."""
+    monkeypatch.setattr(lax, "platform_dependent", choose_products)
+    path = resources.files("patchwave_jax") / "data/demo_audio/demo1_beethoven_fur_elise.flac"
+    mulaw, piano = quantisers.get("mulaw"), sf.read(str(path))[0]
+    piano = mulaw.centres[np.searchsorted(mulaw.edges[1:-1], piano)].astype(np.float32)
+    starts = np.random.default_rng(0).integers(4_096, piano.size - 100, 64)
+    x = np.stack([piano[start - 4_096 : start + 100] for start in starts])
+
+    def errors():
+        fitted = jax.jit(lambda x: fit(x, 192)[0])(x[:, :4_096])
+        past = np.lib.stride_tricks.sliding_window_view(x[:, 3_904:-1], 192, 1)[..., ::-1]
+        predicted = np.einsum("bik,bk->bi", past, np.asarray(fitted))
+        return np.sqrt(np.square(x[:, 4_096:] - predicted).mean(1))
+
+    with monkeypatch.context() as library:
+        library.setattr(lax, "platform_dependent", lambda *args, tpu, default: default(*args))
+        expected = errors()
+    assert (errors() / expected).max() < 1.01
+    monkeypatch.setattr(fourier, "_sum", partial(in_passes, 3))
+    assert (errors() / expected).max() > 1.2
 
 
 def test_no_fourier_transform_on_a_tpu():
