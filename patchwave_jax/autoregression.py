@@ -32,7 +32,7 @@ def fit(
       The coefficients, the newest sample's first, and the variance of the prediction error.
     """
     samples, taper = newest.shape[1], _taper(newest.shape[1])
-    size = next_fast_len(samples + taps, real=True)
+    size: Any = next_fast_len(samples + taps, real=True)  # its stub says None
     correlation = fourier.autocorrelation(newest * taper, size, taps + 1)
     energy = correlation[:, 0] * (1 + RIDGE * taps) + FLOOR * samples
     fitted, error = _solve(correlation.at[:, 0].set(energy))
