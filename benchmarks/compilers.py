@@ -63,7 +63,14 @@ def checkpointed(function: Callable, pieces: list) -> list:
 
 patch = mock.patch.object
 nothing = contextlib.nullcontext()
-as_on_a_cpu = patch(lax, "platform_dependent", lambda *args, cpu, default: cpu(*args))
+
+
+def cpus(*args: Any, default: Callable, cpu: Callable | None = None, **others: Callable) -> Any:
+    """`lax.platform_dependent` on a CPU."""
+    return (cpu or default)(*args)
+
+
+as_on_a_cpu = patch(lax, "platform_dependent", cpus)
 Variant = tuple[str, dict[str, int], contextlib.AbstractContextManager[Any]]  # fields of config.run
 NETWORK: list[Variant] = [
     ("ours, without predictors", {}, nothing),
@@ -80,7 +87,7 @@ NETWORK: list[Variant] = [
 ]
 PREDICTORS: list[Variant] = [
     ("ours", {}, nothing),
-    ("as many blocks fitted at once as on a CPU", {}, as_on_a_cpu),
+    ("predictors as on a CPU", {}, as_on_a_cpu),
 ]
 PATCHES: list[Variant] = [
     ("the paper's", {}, nothing),
