@@ -19,7 +19,7 @@ from patchwave_jax import fourier
 RIDGE = 2e-7  # of the window's energy, for each tap
 FLOOR = 1e-9  # energy added for each sample, about the rounding noise of the finest mu-law bins
 FALL_SAMPLES = 32  # of the newest, where the window falls to zero
-BLOCKS_AT_ONCE = 512  # bounds memory, changes no result
+BLOCKS_AT_ONCE = 256  # as many as a v5e holds in its vector memory; changes no result
 CPU_TAPS_AT_ONCE = 16_384  # as many as a CPU's caches hold
 
 
