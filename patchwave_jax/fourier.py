@@ -1,7 +1,8 @@
 """Products of spectra: by the library's Fourier transforms, and on a TPU by matrix products.
 
-XLA's compiler for TPUs came to no end with SaShiMi's transforms of 262,144 samples (see
-docs/scaling.md). One of n = a b samples is one of a, a factor, and one of b (Cooley & Tukey, 1965):
+XLA's compiler for TPUs came to no end with SaShiMi's transforms of 262,144 samples, and was slow
+with those of the adaptive predictors (see docs/scaling.md). One of n = a b samples is one of a, a
+factor, and one of b (Cooley & Tukey, 1965):
 
     X[k + a l] = sum_j e^{-2 pi i jl/b} e^{-2 pi i jk/n} sum_h e^{-2 pi i hk/a} x[b h + j]
 

@@ -92,3 +92,12 @@ def rng() -> np.random.Generator:
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--kills", type=int, help="how often tests/crash kills, in all")
+
+
+def as_on(platform):
+    """Instead of `lax.platform_dependent`: what `platform` runs."""
+
+    def choose(*args, default, **others):
+        return others.get(platform, default)(*args)
+
+    return choose

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import smooth_codes
+from conftest import as_on, smooth_codes
 from jax import lax
 from scipy.linalg import solve_toeplitz
 from scipy.signal import lfilter
@@ -84,10 +84,7 @@ def by_hand(predictors: Predictors, waveform, noise, first: int) -> np.ndarray:
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("predictors", [PREDICTORS, CLEAN], ids=["codes", "denoised"])
 def test_predictions_equal_those_made_by_hand(predictors, platform, waveform, noise, monkeypatch):
-    def choose(*args, default, **others):
-        return others.get(platform, default)(*args)
-
-    monkeypatch.setattr(lax, "platform_dependent", choose)
+    monkeypatch.setattr(lax, "platform_dependent", as_on(platform))
     monkeypatch.setattr(autoregression, "CPU_TAPS_AT_ONCE", 64)  # some turns, the last one padded
     monkeypatch.setattr(autoregression, "BLOCKS_AT_ONCE", 4)
     waveform, noise = waveform[:, :-7], noise[:, :-7]

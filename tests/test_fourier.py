@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile as sf
-from conftest import random_codes
+from conftest import as_on, random_codes
 from flax import nnx
 from jax import lax
 
@@ -17,17 +17,12 @@ from patchwave_jax.autoregression import fit
 from patchwave_jax.sashimi import SaShiMi, SaShiMiConfig
 
 
-def choose_products(*args, tpu, default):
-    """Instead of `lax.platform_dependent`: what a TPU runs."""
-    return tpu(*args)
-
-
 @pytest.mark.parametrize("samples", [1, 7, 48, 360, 1_000])
 def test_a_convolution_and_the_way_back(samples, monkeypatch):
     x, kernel = np.random.default_rng(0).normal(size=(2, 3, samples))
     expected = [np.convolve(*pair)[:samples] for pair in zip(x, kernel, strict=True)]
     with jax.enable_x64(True):
-        for platform_dependent in (lax.platform_dependent, choose_products):
+        for platform_dependent in (lax.platform_dependent, as_on("tpu")):
             monkeypatch.setattr(lax, "platform_dependent", platform_dependent)
             np.testing.assert_allclose(fourier.convolution(x, kernel), expected, atol=1e-10)
             spectrum = np.fft.rfft(x)
@@ -48,7 +43,7 @@ def in_passes(count, equation, a, b, precision):
 
 
 def test_three_passes_are_enough_for_a_convolution(monkeypatch):
-    monkeypatch.setattr(lax, "platform_dependent", choose_products)
+    monkeypatch.setattr(lax, "platform_dependent", as_on("tpu"))
     x, kernel = np.random.default_rng(0).normal(size=(2, 2, 4_096)).astype(np.float32)
     expected = [np.convolve(*pair)[:4_096] for pair in zip(x, kernel, strict=True)]
 
@@ -63,7 +58,7 @@ def test_three_passes_are_enough_for_a_convolution(monkeypatch):
 
 def test_three_passes_are_too_few_for_a_fit(monkeypatch):
     """Of 192 taps, to 64 places in the demo's piano; the error is of the next 100 samples."""
-    monkeypatch.setattr(lax, "platform_dependent", choose_products)
+    monkeypatch.setattr(lax, "platform_dependent", as_on("tpu"))
     path = resources.files("patchwave_jax") / "data/demo_audio/demo1_beethoven_fur_elise.flac"
     mulaw, piano = quantisers.get("mulaw"), sf.read(str(path))[0]
     piano = mulaw.centres[np.searchsorted(mulaw.edges[1:-1], piano)].astype(np.float32)
@@ -77,7 +72,7 @@ def test_three_passes_are_too_few_for_a_fit(monkeypatch):
         return np.sqrt(np.square(x[:, 4_096:] - predicted).mean(1))
 
     with monkeypatch.context() as library:
-        library.setattr(lax, "platform_dependent", lambda *args, tpu, default: default(*args))
+        library.setattr(lax, "platform_dependent", as_on("cpu"))
         expected = errors()
     assert (errors() / expected).max() < 1.01
     monkeypatch.setattr(fourier, "_sum", partial(in_passes, 3))

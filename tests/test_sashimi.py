@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_codes
+from conftest import as_on, random_codes
 from flax import nnx
 from jax import lax
-from test_fourier import choose_products
 
 from patchwave_jax import s4
 from patchwave_jax.s4 import S4, hippo_legs
@@ -163,7 +162,7 @@ def test_legs_in_diagonal_form():
         (200, 2**20, lax.platform_dependent),
         (201, 2_000, lax.platform_dependent),
         (1, 2**20, lax.platform_dependent),
-        (200, 2_000, choose_products),
+        (200, 2_000, as_on("tpu")),
     ],
 )
 def test_kernel_and_recurrence_are_the_dense_model(length, terms, platform_dependent, monkeypatch):
