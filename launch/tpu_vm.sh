@@ -8,7 +8,7 @@ Usage: launch/tpu_vm.sh COMMAND --project=ID --zone=ZONE --name=NAME [OPTION...]
 
 Commands, each of which may be repeated:
   create    ask for the slice and wait until it is there; one that was preempted is replaced
-  install   copy this checkout to every worker, install it, copy the data, mount the bucket
+  install   copy this checkout to every worker and install it
   train     start training on every worker, unless it runs already
   log       follow the log of worker 0
   stop      have every worker save and stop
@@ -20,15 +20,14 @@ Options:
   --type=TYPE      accelerator type (default v5litepod-16; v4-32, v5p-128, v6e-256 ...)
   --runtime=NAME   software version (default: the one for the type)
   --spot           cheaper, may be preempted
-  --data=gs://B/D  where the built data is; copied to the disk of every worker
-  --bucket=NAME    a bucket to mount as ./bucket of every worker with Cloud Storage FUSE
   --dry-run        print what would be done, do nothing
   --help           this
 
-FLAGs are those of `python -m patchwave_jax.train`; put --workdir where it outlives the slice:
-  launch/tpu_vm.sh up --project=my-project --zone=us-west4-a --name=pw --spot \
-    --data=gs://my-bucket/data --bucket=my-bucket -- \
-    --config=configs/ctx128k.py:dense --config.train.batch_size=16 --workdir=bucket/runs/pw
+FLAGs are those of `python -m patchwave_jax.train`. The run outlives the slice in a bucket, and
+every worker copies the built data from there to its disk, once:
+  launch/tpu_vm.sh up --project=my-project --zone=us-west4-a --name=pw --spot -- \
+    --config=configs/ctx128k.py:dense --config.train.batch_size=16 \
+    --config.data.data_dir=gs://my-bucket/data --workdir=gs://my-bucket/runs/pw
 TEXT
 }
 
@@ -37,7 +36,7 @@ die() {
   exit 2
 }
 
-command='' project='' zone='' name='' type=v5litepod-16 runtime='' spot='' data='' bucket='' dry=''
+command='' project='' zone='' name='' type=v5litepod-16 runtime='' spot='' dry=''
 while (($#)); do
   case $1 in
     create | install | train | log | stop | up | status | delete)
@@ -50,8 +49,6 @@ while (($#)); do
     --type=*) type=${1#*=} ;;
     --runtime=*) runtime=${1#*=} ;;
     --spot) spot=yes ;;
-    --data=*) data=${1#*=} ;;
-    --bucket=*) bucket=${1#*=} ;;
     --dry-run) dry=yes ;;
     --help | -h)
       usage
@@ -70,8 +67,6 @@ done
 [[ -n $zone ]] || die "--zone is missing: where the slice is to be, such as us-west4-a"
 [[ -n $name ]] || die "--name is missing: what the slice is to be called"
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "--name=$name must be of a-z, 0-9 and -"
-[[ -z $data || $data == gs://?* ]] || die "--data=$data must start with gs://"
-[[ -z $bucket || $bucket =~ ^[a-z0-9][a-z0-9._-]+$ ]] || die "--bucket=$bucket is no bucket's name"
 if [[ $command == train || $command == up ]]; then
   (($#)) || die "the flags of train are missing: -- --config=... --workdir=..."
 fi
@@ -134,35 +129,23 @@ create() {
 
 # A file that git does not know stays here, whatever it is.
 install() {
-  local archive=/tmp/patchwave_jax_$name.tar.gz script
+  local archive=/tmp/patchwave_jax_$name.tar.gz
   run git -C "$here" archive --format=tar.gz "--output=$archive" HEAD || return
   tpu tpu-vm scp "$archive" "$name:patchwave_jax.tar.gz" --worker=all || return
-  script='set -eu
+  on_workers all 'set -eu
 mkdir -p patchwave_jax && tar -xzf patchwave_jax.tar.gz -C patchwave_jax && cd patchwave_jax
 test -x .venv/bin/python || { python3 -m pip install --quiet --user uv; ~/.local/bin/uv venv --python 3.12; }
-~/.local/bin/uv pip install --quiet -e ".[tpu]" -c requirements.lock'
-  if [[ -n $bucket ]]; then
-    script+="
-command -v gcsfuse > /dev/null || { echo 'this image has no gcsfuse: leave out --bucket' >&2; exit 1; }
-mkdir -p bucket && { mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=100000 $bucket bucket; }"
-  fi
-  if [[ -n $data ]]; then
-    script+="
-mkdir -p ~/data && gcloud storage rsync --recursive $(printf %q "$data") ~/data"
-  fi
-  on_workers all "$script"
+~/.local/bin/uv pip install --quiet -e ".[tpu,gcs]" -c requirements.lock'
 }
 
 train() {
-  local flags directory=''
+  local flags
   printf -v flags ' %q' "$@"
-  [[ -z $data ]] || directory='export PATCHWAVE_DATA_DIR=~/data'
   # The exit code in train.exit tells `up` whether it is over; it is gone while training runs.
   on_workers all "set -eu
 cd patchwave_jax
 if test -s train.pid && kill -0 \"\$(cat train.pid)\" 2> /dev/null; then echo runs already; exit; fi
 rm -f train.exit
-$directory
 nohup setsid bash -c '.venv/bin/python -m patchwave_jax.train \"\$@\"; echo \$? > train.exit' train$flags >> train.log 2>&1 < /dev/null &
 echo \$! > train.pid"
 }

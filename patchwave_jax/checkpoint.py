@@ -13,19 +13,21 @@ import json
 import logging as standard_logging
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 import patchwave_jax
 from patchwave_jax.config import Config
-from patchwave_jax.data.remote import require_folder
+from patchwave_jax.data.remote import is_address, names_address
 from patchwave_jax.distributed import all_agree, is_first, wait_for_all
 from patchwave_jax.errors import UserError
 from patchwave_jax.records import DamagedError, Record, described, layout, parse, record_hash
+from patchwave_jax.workdir import as_path
 
 METRIC = "validation_nll_nats"
 _policies = ocp.training.preservation_policies
@@ -36,18 +38,19 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int | None = None):
         """Opens `workdir` for training, keeping `keep` newest steps; None: only to read."""
-        require_folder(workdir)
-        self.directory = Path(workdir).resolve() / "checkpoints"
-        if keep is None and not self.directory.is_dir():
-            raise UserError(
-                f"{workdir} holds no checkpoints; train there first "
-                f"(python -m patchwave_jax.train --config=... --workdir={workdir})"
-            )
-        for step, error in _broken_json(self.directory) if keep is None or is_first() else ():
-            damaged = self._damaged(step, error)
-            if keep is None:
-                raise damaged
-            self._set_aside(step, damaged)
+        self._in_bucket = is_address(workdir)
+        self.directory = as_path(workdir) / "checkpoints"
+        with self._names_bucket():
+            if keep is None and not _is_there(self.directory):
+                raise UserError(
+                    f"{workdir} holds no checkpoints; train there first "
+                    f"(python -m patchwave_jax.train --config=... --workdir={workdir})"
+                )
+            for step, error in _broken_json(self.directory) if keep is None or is_first() else ():
+                damaged = self._damaged(step, error)
+                if keep is None:
+                    raise damaged
+                self._set_aside(step, damaged)
         wait_for_all("checkpoints")
         best = _policies.BestN(
             get_metric_fn=lambda metrics: metrics[METRIC],
@@ -147,7 +150,8 @@ class Checkpoints:
           UserError: if it was written by something else, or by an older version.
         """
         try:
-            stored: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
+            with self._names_bucket():
+                stored: Any = self._checkpointer.checkpointables_metadata(step).custom_metadata
             record = parse(stored)
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise self._unreadable(step, error, "its metadata: ") from error
@@ -208,10 +212,12 @@ class Checkpoints:
         return None
 
     @property
-    def _aside(self) -> Path:
+    def _aside(self) -> epath.Path:
         return self.directory.with_name("damaged")
 
     def _set_aside(self, step: int, damage: DamagedError) -> None:
+        if self._in_bucket:
+            raise damage
         logging.error("%s", damage)
         try:
             self._aside.mkdir(exist_ok=True)
@@ -226,14 +232,21 @@ class Checkpoints:
 
     def _damaged(self, step: int, why: str) -> DamagedError:
         others = [str(s) for s in _steps(self.directory) if s != step]
+        place = self.directory / str(step)
+        then = f"Training moves it to {self._aside} and goes on without it"
+        if self._in_bucket:
+            then = f"gcloud storage mv {place} {self._aside}/, and training goes on without it"
         return DamagedError(
-            f"{self.directory / str(step)} is damaged: {why}. Training moves it to {self._aside} "
-            f"and goes on without it; other steps: {', '.join(others) or 'none'}"
+            f"{place} is damaged: {why}. {then}; other steps: {', '.join(others) or 'none'}"
         )
 
     def _unreadable(self, step: int, error: Exception, what: str = "") -> UserError:
-        """`error` as damage, unless it is the machine's that reads."""
-        machine = isinstance(error, (MemoryError, PermissionError)) or "RESOURCE_EX" in str(error)
+        """`error` as damage, unless it is the machine's that reads, or the way to a bucket."""
+        machine = (
+            self._in_bucket
+            or isinstance(error, (MemoryError, PermissionError))
+            or "RESOURCE_EX" in str(error)
+        )
         if machine or "PERMISSION_DENIED" in str(error):
             return UserError(f"{self.directory / str(step)} can't be read: {_first_line(error)}")
         return self._damaged(step, what + _first_line(error))
@@ -258,6 +271,9 @@ class Checkpoints:
                 raise self._damaged(step, f"{name} does not match its SHA-256")
         return trees
 
+    def _names_bucket(self) -> AbstractContextManager[None]:
+        return names_address(str(self.directory)) if self._in_bucket else nullcontext()
+
     @contextlib.contextmanager
     def _says_what_failed(self) -> Iterator[None]:
         """What orbax raises while it writes, at once or from the background, as a `UserError`."""
@@ -272,11 +288,19 @@ class Checkpoints:
             ) from error
 
 
-def _steps(directory: Path) -> list[int]:
+def _is_there(directory: epath.Path) -> bool:
+    try:
+        next(iter(directory.iterdir()), None)  # `is_dir` is false of a bucket without a network
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _steps(directory: epath.Path) -> list[int]:
     return sorted(int(p.name) for p in directory.glob("*") if p.name.isdecimal())
 
 
-def _broken_json(directory: Path) -> Iterator[tuple[int, str]]:
+def _broken_json(directory: epath.Path) -> Iterator[tuple[int, str]]:
     """Steps that orbax would choke on before they can be looked at, and why."""
     for step in _steps(directory):
         for name in ("_CHECKPOINT_METADATA", "metrics/metrics"):
@@ -290,6 +314,8 @@ def _broken_json(directory: Path) -> Iterator[tuple[int, str]]:
 
 
 def _first_line(error: Exception) -> str:
+    if "incompatible handler" in str(error):  # followed by pages of shapes
+        return "its list of arrays is missing or can't be read"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

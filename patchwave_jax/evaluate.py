@@ -32,6 +32,7 @@ from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.errors import UserError, exits_cleanly
 from patchwave_jax.step import keep_compilations
 from patchwave_jax.tally import MODEL, Tally
+from patchwave_jax.workdir import Workdir
 
 
 def open_splits(config: Config, data_dir: str | None, name: str) -> tuple[Split, Split]:
@@ -173,7 +174,8 @@ def measure_workdir(
     )
     tally = measure.measure(evaluator, params, targets)
     if args.yardsticks:
-        fitted = reference.fitted(workdir, train_split, config.data.quantiser)
+        with Workdir(workdir) as files:
+            fitted = reference.fitted(files.folder, train_split, config.data.quantiser)
         measure.measure_yardsticks(fitted, targets, tally)
     about = {
         "split": args.split,

@@ -23,6 +23,7 @@ import patchwave_jax
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.workdir import Workdir
 
 FOLDER = "expected_runs"
 ROWS = 8  # of the table for each run, at most
@@ -57,9 +58,9 @@ def essence(config: Config) -> dict[str, Any]:
     return tree
 
 
-def history(workdir: Path) -> dict[str, list[dict[str, Any]]]:
+def history(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The rows of metrics.jsonl by their kind."""
-    path, rows = workdir / "metrics.jsonl", {}
+    path, rows = folder / "metrics.jsonl", {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
@@ -77,7 +78,7 @@ def this_machine() -> str:
     return f"{jax.device_count()} x {device.device_kind}"
 
 
-def record(workdir: Path, name: str) -> Expected:
+def record(workdir: str | os.PathLike[str], name: str) -> Expected:
     """The record of the run in `workdir`.
 
     Raises:
@@ -85,7 +86,8 @@ def record(workdir: Path, name: str) -> Expected:
     """
     with Checkpoints(workdir) as checkpoints:
         stored = checkpoints.record(checkpoints.choose(None))
-    rows = history(workdir).get("validation")
+    with Workdir(workdir) as files:
+        rows = history(files.folder).get("validation")
     if not rows:
         raise UserError(
             f"{workdir}/metrics.jsonl holds no validation; train with a lower run.eval_every_steps"
@@ -171,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", type=Path, help="a finished run to make a record of")
+    parser.add_argument("--workdir", help="a finished run to make a record of")
     parser.add_argument("--name", help="what to call it")
     parser.add_argument("--hardware", help="what it was trained on; default: this machine")
     parser.add_argument("--out", type=Path, help="folder of records; default: the package's")

@@ -30,12 +30,14 @@ from patchwave_jax import distributed, quantisers, recurrent, sliding
 from patchwave_jax.agreement import check
 from patchwave_jax.data import audio
 from patchwave_jax.data.audio import SAMPLE_RATE
+from patchwave_jax.data.remote import is_address
 from patchwave_jax.errors import UserError, exits_cleanly
 from patchwave_jax.interrupts import stop_requested
 from patchwave_jax.outputs import Outputs, write_wav
 from patchwave_jax.prompts import Settings, encode, open_data, read_prompts
 from patchwave_jax.sampler import Streams
 from patchwave_jax.step import keep_compilations
+from patchwave_jax.workdir import as_path
 
 REPORT_SECONDS = 10.0  # between lines of progress
 
@@ -49,7 +51,7 @@ def start(
     codes = encode(prompts, config.data.quantiser)
     sampler = make_sampler(settings, evaluator, params)
     shared = {
-        "checkpoint": str(Path(settings.workdir).resolve()),
+        "checkpoint": str(as_path(settings.workdir)),
         "step": step,
         "objective": config.objective,
         "context_samples": config.context_samples,
@@ -163,6 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     out, plots, resume, checking = (args.pop(k) for k in ("out", "plots", "resume", "check"))
     if not out and not checking:
         raise UserError("--out is missing: where to put the clips")
+    if is_address(out):
+        raise UserError(f"--out={out} must be a folder: clips grow as they are made")
     outputs = Outputs.resume(Path(out)) if resume else None
     if outputs:
         settings, step = resumed_settings(outputs, args), outputs.record["shared"]["step"]

@@ -8,6 +8,7 @@ clips in WORKDIR/samples and WORKDIR/generated (or `--generated=DIR`).
 import argparse
 import dataclasses
 import importlib.metadata
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from patchwave_jax.panels import context_panels, excerpts, generated, picture
 from patchwave_jax.prompts import CONTINUATION
 from patchwave_jax.step import count_parameters
 from patchwave_jax.tally import LN2, MODEL, Tally
+from patchwave_jax.workdir import Workdir, as_path, clips_of
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
@@ -65,7 +67,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def page(
-    workdir: Path,
+    workdir: str | os.PathLike[str],
+    folder: Path,
     *,
     split_name: str = "validation",
     step: int | None = None,
@@ -74,7 +77,7 @@ def page(
     data_dir: str | None = None,
     generated_dir: Path | None = None,
 ) -> str:
-    """The whole report as HTML."""
+    """The whole report of the run at `workdir` as HTML; `folder` has its files."""
     evaluator, params, step = sliding.load(workdir, step)
     config = evaluator.config
     split, train_split = open_splits(config, data_dir, split_name)
@@ -82,7 +85,7 @@ def page(
         config, split, stride_patches=stride_patches, max_targets=max_targets
     )
     tally = measure.measure(evaluator, params, targets)
-    fitted = reference.fitted(workdir, train_split, config.data.quantiser)
+    fitted = reference.fitted(folder, train_split, config.data.quantiser)
     measure.measure_yardsticks(fitted, targets, tally)
     result = measure.result(tally, targets)
     nats = {name: tally.total(name).nll_nats for name in tally.names if name != MODEL}
@@ -92,12 +95,12 @@ def page(
     growing = measure.measure(evaluator, params, grown)
     shortage = measure.measure_shortage(evaluator, params, grown)
     calibration = calibrate(evaluator, params, targets)
-    rows = expected.history(workdir)
+    rows = expected.history(folder)
     training = []
     if rows.get("train"):
         held_out, _ = open_splits(config, data_dir, "validation")
         validated = measure.choose_targets(config, held_out, max_targets=config.run.eval_targets)
-        lines = reference.yardsticks_on(validated, train_split, workdir)
+        lines = reference.yardsticks_on(validated, train_split, folder)
         losses = figures.loss_curves(rows["train"], rows.get("validation", []), lines)
         words = "Dashed: predictors that need no network, on the targets of the validations."
         training = [
@@ -110,7 +113,7 @@ def page(
         undefined=jinja2.StrictUndefined,
     ).get_template("report.html")
     return template.render(
-        title=f"{workdir.resolve().name}: {split.dataset}, {config.objective} objective",
+        title=f"{as_path(workdir).name}: {split.dataset}, {config.objective} objective",
         subtitle=f"{split.name} split, checkpoint of step {step:,}",
         cards=cards(config, result, nats, params, rows),
         verdict=_capital(reference.verdict(result.nll_nats, nats, split_name)),
@@ -128,7 +131,7 @@ def page(
             picture(figures.probability_histogram(calibration), "Probability of what came"),
         ],
         excerpts=list(excerpts(evaluator, params, targets)),
-        generated=generated(workdir, generated_dir),
+        generated=generated(folder, generated_dir),
         generate_command=commands(workdir)[-1],
         commands="\n".join(commands(workdir)),
         versions=versions(config, split.manifest_hash),
@@ -178,7 +181,7 @@ def cards(
     return shown
 
 
-def commands(workdir: Path) -> list[str]:
+def commands(workdir: str | os.PathLike[str]) -> list[str]:
     """What leads to these numbers, and on from here."""
     return [
         f"python -m patchwave_jax.train --config=CONFIG.py --workdir={workdir}",
@@ -186,7 +189,7 @@ def commands(workdir: Path) -> list[str]:
         f"python -m patchwave_jax.score --workdir={workdir} FILE...",
         f"python -m patchwave_jax.report --workdir={workdir}",
         f"python -m patchwave_jax.generate --workdir={workdir} {CONTINUATION} --num=4 "
-        f"--out={workdir}/generated",
+        f"--out={clips_of(workdir)}",
     ]
 
 
@@ -213,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="the run's directory")
+    parser.add_argument("--workdir", required=True, help="the run's directory")
     parser.add_argument("--out", type=Path, help="the page; default: WORKDIR/report.html")
     parser.add_argument("--split", default="validation", help="train, validation or test")
     parser.add_argument("--step", type=int, help="checkpoint; default: the best on validation")
@@ -225,23 +228,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", help="where the dataset is; default: as in training")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     args = parser.parse_args(argv)
-    out = args.out or args.workdir / "report.html"
-    if args.workdir.is_dir():  # otherwise there are no checkpoints, which is said below
-        check_output(out, args.overwrite)
     if args.generated and not args.generated.is_dir():
         raise UserError(f"--generated={args.generated} is no folder")
-    html = page(
-        args.workdir,
-        split_name=args.split,
-        step=args.step,
-        stride_patches=args.stride_patches,
-        max_targets=args.max_targets,
-        data_dir=args.data_dir,
-        generated_dir=args.generated,
-    )
-    if distributed.is_first():
-        out.write_text(html, encoding="utf-8")
-    print(f"{out}: {len(html) / 1e6:.1f} MB, opens in any browser without a network")
+    with Workdir(args.workdir) as files:
+        out = args.out or files.folder / "report.html"
+        if files.folder.is_dir():  # otherwise there are no checkpoints, which is said below
+            check_output(out, args.overwrite)
+        html = page(
+            args.workdir,
+            files.folder,
+            split_name=args.split,
+            step=args.step,
+            stride_patches=args.stride_patches,
+            max_targets=args.max_targets,
+            data_dir=args.data_dir,
+            generated_dir=args.generated,
+        )
+        if distributed.is_first():
+            out.write_text(html, encoding="utf-8")
+    place = args.out or f"{args.workdir}/report.html"
+    print(f"{place}: {len(html) / 1e6:.1f} MB, opens in any browser without a network")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Trace:
     processes the first one's devices are traced.
     """
 
-    def __init__(self, steps: Steps | None, workdir: Path, done: int, num_steps: int):
+    def __init__(self, steps: Steps | None, folder: Path, done: int, num_steps: int):
         """For a run from step `done` to `num_steps`; `steps` is None for no trace.
 
         Raises:
@@ -44,7 +44,7 @@ class Trace:
                 f"{num_steps} (config.train.num_steps)"
             )
         self._steps = steps if steps and is_first() else (0, 0)
-        self._directory, self._running = workdir / "profile", False
+        self._directory, self._running = folder / "profile", False
 
     def __enter__(self) -> "Trace":
         return self
@@ -65,5 +65,7 @@ class Trace:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()
             self._running = False
-            print(f"steps {self._steps[0]} to {number} are traced in {self._directory}", flush=True)
+            print(
+                f"steps {self._steps[0]} to {number} are traced in profile of --workdir", flush=True
+            )
         return result

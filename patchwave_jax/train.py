@@ -36,7 +36,6 @@ from patchwave_jax.config import Config, ModelConfig
 from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
-from patchwave_jax.data.remote import require_folder
 from patchwave_jax.data.windows import Windows, batches, clips
 from patchwave_jax.errors import UserError, exits_cleanly, names_file
 from patchwave_jax.interrupts import stop_requested
@@ -51,6 +50,7 @@ from patchwave_jax.step import LN2, State, Step, count_parameters, keep_compilat
 from patchwave_jax.trace import Trace
 from patchwave_jax.watch import Watch
 from patchwave_jax.wavenet import WaveNetConfig
+from patchwave_jax.workdir import Workdir, clips_of
 
 PAPER_PARAMETERS: dict[type, str] = {
     ModelConfig: "3.14M",
@@ -73,7 +73,6 @@ def train(
         the loss stays without a number, the disk is full or broken, or another process trains
         there; the last good checkpoint is kept.
     """
-    require_folder(workdir)
     data_dir = config.data.data_dir or default_data_dir()
     if distributed.is_first():  # others find it, or build one of their host's
         ensure_built(config.data.dataset, data_dir)
@@ -101,7 +100,8 @@ def train(
 
     with (
         names_file(workdir, then=". The last good checkpoint is kept: the same command goes on"),
-        Lock(workdir, "--workdir") if distributed.is_first() else contextlib.nullcontext(),
+        Workdir(workdir) as files,
+        Lock(files.folder, "--workdir") if distributed.is_first() else contextlib.nullcontext(),
         finds_nans(config.run.debug_nans),
         Checkpoints(workdir, keep=run.keep_checkpoints) as checkpoints,
         stop_requested(shared=jax.process_count() > 1) as stopping,
@@ -109,14 +109,14 @@ def train(
         state, best, flat = restore_or_init(config, step, checkpoints, train_split)
         done = int(state["step"])
         if distributed.is_first():
-            write_config(config, workdir)
+            write_config(config, files.folder)
         data = batches(make_windows(config, train_split, own), done)
 
         with (
-            Log(workdir, done, num_steps) as log,
-            Trace(profile_steps, Path(workdir), done, num_steps) as traced,
+            Log(files.folder, done, num_steps) as log,
+            Trace(profile_steps, files.folder, done, num_steps) as traced,
         ):
-            watch = Watch(windows, Path(workdir), log.say)
+            watch = Watch(windows, files.folder, log.say)
             clock, timed, evaluating, saving, stop = time.monotonic(), done, False, False, False
             while done < num_steps and not exhausted(config, flat):
                 batch = next(data)
@@ -151,7 +151,7 @@ def train(
                     log.write(done, "validation", dataclasses.asdict(result))
                     validation = result.nll_nats
                     if distributed.is_first():
-                        yards = reference.yardsticks_on(targets, train_split, workdir)
+                        yards = reference.yardsticks_on(targets, train_split, files.folder)
                         log.say(reference.verdict(validation, yards))
                     distributed.wait_for_all("yardsticks")
                     if known and (words := expected.compare(known, done, result.nll_bits)):
@@ -160,6 +160,7 @@ def train(
                     best = validation if improved else best
                     flat = flat + 1 if not improved and done > config.train.decay_steps else 0
                 if saving:
+                    files.publish()  # first: what is logged reaches as far as what is saved
                     checkpoints.save(
                         done,
                         state,
@@ -173,7 +174,7 @@ def train(
                 if sampling and not stop:
                     params = step.whole(state["params"])
                     if distributed.is_first():
-                        log.clips(done, preview.make(config, params, workdir, done, stopping))
+                        log.clips(done, preview.make(config, params, files.folder, done, stopping))
                 if saving or sampling:
                     clock, timed = time.monotonic(), done
                 evaluating, saving = False, False
@@ -265,10 +266,10 @@ def finds_nans(wanted: bool) -> Iterator[None]:
         raise UserError(f"{place}: {str(error).splitlines()[0]}") from error
 
 
-def write_config(config: Config, workdir: str | os.PathLike[str]) -> None:
+def write_config(config: Config, folder: Path) -> None:
     """Puts the configuration beside the checkpoints, for people to read."""
     text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    aside = Path(workdir) / "config.tmp"
+    aside = folder / "config.tmp"
     aside.write_text(text)
     aside.replace(aside.with_suffix(".json"))
 
@@ -289,7 +290,7 @@ def closing_words(
         "go on with:",
         f"  python -m patchwave_jax.evaluate --workdir={workdir} --split=test --yardsticks",
         f"  python -m patchwave_jax.generate --workdir={workdir} {CONTINUATION} "
-        f"--out={workdir}/generated",
+        f"--out={clips_of(workdir)}",
         f"  python -m patchwave_jax.report --workdir={workdir}   # one page: curves, tables, audio",
     ]
     return "\n".join(lines)

@@ -26,10 +26,10 @@ SPIKE_NATS = 0.1  # and at least
 
 
 class Watch:
-    """Of one run, in `workdir`. `say` tells the user a line."""
+    """Of one run, with its files in `folder`. `say` tells the user a line."""
 
-    def __init__(self, windows: Windows, workdir: Path, say: Callable[[str], None]):
-        self._windows, self._directory, self._say = windows, workdir / "nonfinite", say
+    def __init__(self, windows: Windows, folder: Path, say: Callable[[str], None]):
+        self._windows, self._directory, self._say = windows, folder / "nonfinite", say
         self._pending: list[tuple[int, dict[str, Any], int]] = []
         self._history: collections.deque[float] = collections.deque(maxlen=SPIKE_HISTORY)
         self.in_a_row = 0  # skipped steps, up to the newest that was read
@@ -68,9 +68,9 @@ class Watch:
         kept = "no checkpoint is there" if latest is None else f"step {latest} is the last good one"
         raise UserError(
             f"the last {self.in_a_row} steps had a loss or a gradient that is not finite; {kept}. "
-            f"Their rows are in {self._directory}. Lower config.train.learning_rate or set "
-            "config.train.clip_norm, and start again from there; --config.run.debug_nans=True "
-            "finds the operation"
+            f"Their rows are in {self._directory.name} of --workdir. Lower "
+            "config.train.learning_rate or set config.train.clip_norm, and start again from there; "
+            "--config.run.debug_nans=True finds the operation"
         )
 
     def _places(self, batch: dict[str, np.ndarray], rows: Int64[np.ndarray, " n"]) -> str:
@@ -94,9 +94,10 @@ class Watch:
         else:
             kept = {"row": bad, **{k: v[bad] for k, v in batch.items()}}
             np.savez(path, allow_pickle=False, **kept)
+        place = path.relative_to(self._directory.parent)
         self._say(
             f"step {step} skipped: its loss is {nats}, its gradient's norm {norm}; rows: "
-            f"{self._places(batch, bad)}; {'enough are' if full else 'kept'} in {path}"
+            f"{self._places(batch, bad)}; {'enough' if full else 'kept'} in {place} of --workdir"
         )
 
     def _look_for_spike(self, step: int, nats: float, row_nats: Float[np.ndarray, " B"]) -> None:

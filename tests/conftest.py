@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 import tempfile
 
 # Tests compile the same programs again and again: all processes of a run share them.
@@ -101,3 +102,11 @@ def as_on(platform):
         return others.get(platform, default)(*args)
 
     return choose
+
+
+@pytest.fixture
+def without_gcsfs(monkeypatch):
+    """As if it were not installed."""
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for name in ("gs", "gcs"):
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, name, raising=False)

@@ -1,18 +1,14 @@
-"""Datasets at an address, by fsspec's file system in memory; and what can't be at one."""
-
-import sys
+"""Datasets at an address, by fsspec's file system in memory."""
 
 import fsspec
 import numpy as np
 import pytest
-from small_run import make_config, make_data
+from small_run import make_data
 
-from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.data import remote
 from patchwave_jax.data.build import build
 from patchwave_jax.data.index import open_split
 from patchwave_jax.errors import UserError
-from patchwave_jax.train import train
 
 
 @pytest.fixture(autouse=True)
@@ -62,19 +58,12 @@ def test_a_copy_cut_short_is_not_left_behind(data, cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-def test_what_is_not_there_or_not_installed_is_named(monkeypatch, tmp_path):
+def test_what_is_not_there_or_not_installed_is_named(without_gcsfs, tmp_path):
     with pytest.raises(UserError, match=r"memory://nothing/audio_folder/1\.0\.0 holds no dataset"):
         open_split("memory://nothing", "audio_folder", "train")
     with pytest.raises(UserError, match=r"no-such-kind://x/.* can't be read: Protocol not known"):
         open_split("no-such-kind://x", "audio_folder", "train")
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"gs://bucket/.* pip install 'patchwave-jax\[gcs\]'"):
         open_split("gs://bucket", "audio_folder", "train")
     with pytest.raises(UserError, match="gs://bucket is no folder; build in one"):
         build("audio_folder", tmp_path, "gs://bucket")
-
-
-def test_a_working_directory_is_a_folder(data):
-    for call in (lambda: train(make_config(data), "gs://b/run"), lambda: Checkpoints("gs://b/run")):
-        with pytest.raises(UserError, match="--workdir=gs://b/run is no folder; mount the bucket"):
-            call()

@@ -1,4 +1,7 @@
-"""Two processes of four devices against one of eight: the same numbers, whoever goes on."""
+"""Two processes of four devices against one of eight: the same numbers, whoever goes on.
+
+`test_workdir.py` has another pair, with a state that is carried, in a bucket.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,17 +73,19 @@ class Pair:
             process.communicate()
 
     def wait_for_row(self, workdir: Path, step: int) -> None:
-        deadline = time.monotonic() + 300
-        while not (workdir / "metrics.jsonl").exists() or metrics(workdir)[-1:] == []:
-            self._still_running(deadline)
-        while metrics(workdir)[-1]["step"] < step:
-            self._still_running(deadline)
+        def there() -> bool:
+            logged = metrics(workdir) if (workdir / "metrics.jsonl").exists() else []
+            return bool(logged) and logged[-1]["step"] >= step
 
-    def _still_running(self, deadline: float) -> None:
-        for process in self.processes:
-            assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        self.wait_until(there)
+
+    def wait_until(self, there: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not there():
+            for process in self.processes:
+                assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
     def finish(self, seconds: float) -> list[str]:
         return [process.communicate(timeout=seconds)[0] for process in self.processes]
@@ -119,27 +125,6 @@ def test_two_processes_go_one_way_and_one_goes_on(data, cache, tmp_path):
     resumed = {(r["step"], r["kind"]): r["nll_nats"] for r in metrics(workdir)}
     assert straight == pytest.approx(resumed, rel=1e-5)
     assert disturbed == pytest.approx({key: straight[key] for key in disturbed}, rel=1e-5)
-
-
-def test_what_two_processes_carry_one_carries_on(data, cache, tmp_path):
-    """SampleRNN's state lies by rows over all devices; stopped at any step, gone on by one."""
-    command = ["-m", "patchwave_jax.train", f"--config={HERE / 'pod/tiny.py'}:samplernn"]
-    command += [f"--workdir={tmp_path / 'two'}", f"--config.data.data_dir={data}"]
-    with Pair(cache, *command, "--config.train.num_steps=100_000") as pair:
-        pair.wait_for_row(tmp_path / "two", 5)
-        pair.processes[0].send_signal(signal.SIGTERM)
-        outputs = pair.finish(120)
-        assert [p.returncode for p in pair.processes] == [0, 0], outputs
-
-    config = get_config("samplernn")
-    config.data.data_dir = data
-    config.train.num_steps = metrics(tmp_path / "two")[-1]["step"] + 3
-    curves = []
-    for name in ("one", "two"):
-        train(from_config_dict(config), tmp_path / name)
-        rows = metrics(tmp_path / name)
-        curves.append({(r["step"], r["kind"]): r["nll_nats"] for r in rows})
-    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("silent", [0, 1])

@@ -19,17 +19,17 @@ SCRIPTS = ["launch/tpu_vm.sh", "launch/gke/run.sh", "launch/slurm_gpu.sh"]
 TPU = ["launch/tpu_vm.sh", "--project=p", "--zone=z", "--name=pw"]
 GKE = ["launch/gke/run.sh", "--project=p", "--zone=z", "--cluster=c", "--name=pw"]
 SLURM = ["launch/slurm_gpu.sh", "--name=pw"]
-IMAGE, BUCKET = "--image=us-docker.pkg.dev/p/r/pw:1", "--bucket=bkt"
+IMAGE = "--image=us-docker.pkg.dev/p/r/pw:1"
 FLAGS = ["--config=configs/ctx1m.py:dense", '--workdir=gs://b/it\'s "a" $HOME \\x; *']
 DRY_RUNS = {
-    "tpu_up": [*TPU, "up", "--spot", "--data=gs://b/a d", "--", *FLAGS],
-    "tpu_mount": [*TPU, "up", "--type=v6e-256", "--bucket=bkt", "--", *FLAGS],
+    "tpu_up": [*TPU, "up", "--spot", "--", *FLAGS],
+    "tpu_v6e": [*TPU, "create", "--type=v6e-256"],
     "tpu_log": [*TPU, "log"],
     "tpu_status": [*TPU, "status"],
     "tpu_stop": [*TPU, "stop"],
     "tpu_delete": [*TPU, "delete"],
     "gke_build": [*GKE, "build", IMAGE],
-    "gke_apply": [*GKE, "apply", IMAGE, BUCKET, "--spot", "--topology=4x8", "--", *FLAGS],
+    "gke_apply": [*GKE, "apply", IMAGE, "--spot", "--topology=4x8", "--", *FLAGS],
     "gke_log": [*GKE, "log"],
     "gke_delete": [*GKE, "delete"],
     "slurm": [*SLURM, "--nodes=2", "--account=a b", "--partition=gpu", "--", *FLAGS],
@@ -91,7 +91,7 @@ def test_help_and_an_unknown_argument(script):
         (["launch/gke/run.sh", "log", "--project=p", "--zone=z", "--name=n"], "--cluster"),
         (["launch/gke/run.sh", "log", "--project=p", "--zone=z", "--cluster=c"], "--name"),
         ([*GKE, "apply", "--", "--config=c"], "--image"),
-        ([*GKE, "apply", IMAGE, "--", "--config=c"], "--bucket"),
+        ([*GKE, "apply", IMAGE], "flags of train"),
         (["launch/slurm_gpu.sh", "--", "--config=c"], "--name"),
         ([*TPU, "train"], "flags of train"),
         ([*SLURM], "flags of train"),
@@ -121,7 +121,6 @@ def cloud(tmp_path):
     (tmp_path / "train").write_text(
         "import json, os, sys\n"
         f"open({str(tmp_path / 'trained')!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
-        "print(os.environ.get('PATCHWAVE_DATA_DIR'))\n"
     )
     env = {**os.environ, "PATH": f"{GOLDEN}:{os.environ['PATH']}", "STUB": str(tmp_path)}
     env["TPU_VM_POLL_SECONDS"] = "0.2"
@@ -263,9 +262,7 @@ def test_the_jobset_is_what_was_asked_for():
     assert job["parallelism"] == job["completions"]
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x8"
-    without = call([*GKE, "apply", IMAGE, BUCKET, "--dry-run", "--", *FLAGS]).stdout.split("\n", 2)[
-        2
-    ]
+    without = call([*GKE, "apply", IMAGE, "--dry-run", "--", *FLAGS]).stdout.split("\n", 2)[2]
     selector = yaml.safe_load(without)["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert "cloud.google.com/gke-spot" not in selector["template"]["spec"]["nodeSelector"]
 
@@ -275,7 +272,7 @@ def test_apply_leaves_a_jobset_alone(tmp_path):
     stub.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n')
     stub.chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = call([*GKE, "apply", IMAGE, BUCKET, "--", *FLAGS], env)
+    done = call([*GKE, "apply", IMAGE, "--", *FLAGS], env)
     assert "is there already" in done.stderr
     assert " apply " not in (tmp_path / "calls").read_text()
 

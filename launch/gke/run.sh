@@ -14,23 +14,21 @@ Commands, each of which may be repeated:
   delete    end it; its pods save first
 
 Options:
-  --bucket=NAME      a bucket, mounted at /bucket with Cloud Storage FUSE (apply)
   --image=IMAGE      such as us-docker.pkg.dev/my-project/my-repo/patchwave:1 (build, apply)
   --type=TYPE        v4, v5e, v5p or v6e (default v5e)
   --topology=SHAPE   of the slice (default 4x4)
   --spot             on spot nodes
   --restarts=N       how often to start over after a failure or a preemption (default 100)
-  --account=NAME     Kubernetes service account that may read and write the bucket (default default)
+  --account=NAME     Kubernetes service account that may use the bucket (default default)
   --dry-run          print what would be done, do nothing
   --help             this
 
-FLAGs are those of `python -m patchwave_jax.train`; put --workdir and the data into the bucket. The
-cluster needs a node pool of that slice, the Cloud Storage FUSE driver, and JobSet
-(https://jobset.sigs.k8s.io/docs/installation):
+FLAGs are those of `python -m patchwave_jax.train`; the run outlives its pods in a bucket. The
+cluster needs a node pool of that slice, and JobSet (https://jobset.sigs.k8s.io/docs/installation):
   launch/gke/run.sh apply --project=my-project --zone=us-west4-a --cluster=my-cluster --name=pw \
-    --image=us-docker.pkg.dev/my-project/my-repo/patchwave:1 --bucket=my-bucket -- \
+    --image=us-docker.pkg.dev/my-project/my-repo/patchwave:1 -- \
     --config=configs/ctx128k.py:dense --config.train.batch_size=16 \
-    --config.data.data_dir=/bucket/data --workdir=/bucket/runs/pw
+    --config.data.data_dir=gs://my-bucket/data --workdir=gs://my-bucket/runs/pw
 TEXT
 }
 
@@ -39,7 +37,7 @@ die() {
   exit 2
 }
 
-command='' project='' zone='' cluster='' name='' image='' bucket='' type=v5e topology=4x4 spot='' restarts=100
+command='' project='' zone='' cluster='' name='' image='' type=v5e topology=4x4 spot='' restarts=100
 account=default dry=''
 while (($#)); do
   case $1 in
@@ -52,7 +50,6 @@ while (($#)); do
     --cluster=*) cluster=${1#*=} ;;
     --name=*) name=${1#*=} ;;
     --image=*) image=${1#*=} ;;
-    --bucket=*) bucket=${1#*=} ;;
     --type=*) type=${1#*=} ;;
     --topology=*) topology=${1#*=} ;;
     --spot) spot=yes ;;
@@ -82,10 +79,6 @@ done
 if [[ $command == build || $command == apply ]]; then
   [[ -n $image ]] || die "--image is missing: where the image is kept"
   [[ $image =~ ^[A-Za-z0-9][A-Za-z0-9./:_@-]*$ ]] || die "--image=$image is no image's name"
-fi
-if [[ $command == apply ]]; then
-  [[ -n $bucket ]] || die "--bucket is missing: what keeps the run and its data"
-  [[ $bucket =~ ^[a-z0-9][a-z0-9._-]+$ ]] || die "--bucket=$bucket is no bucket's name"
 fi
 [[ $command != apply ]] || (($#)) || die "the flags of train are missing: -- --config=... --workdir=..."
 case $type in
@@ -145,7 +138,6 @@ manifest() {
   text=${text//@TOPOLOGY@/"$topology"}
   text=${text//@SPOT@/"${spot:+cloud.google.com/gke-spot: \"true\"}"}
   text=${text//@IMAGE@/"$image"}
-  text=${text//@BUCKET@/"$bucket"}
   printf '%s\n' "${text//@ARGS@/"$args"}"
 }
 
