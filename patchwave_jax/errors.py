@@ -5,6 +5,7 @@ import errno
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 EXIT_CODE = 2
 
@@ -42,6 +43,16 @@ def names_file(directory: object = "", then: str = "") -> Iterator[None]:
         raise UserError(
             f"{shown(error.filename or directory)}: {error.strerror or error}; {remedy}{then}"
         ) from error
+
+
+def check_output(path: Path | None, overwrite: bool) -> None:
+    """Raises `UserError` if a file that is to be written exists, or its folder does not."""
+    if path is None:
+        return
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; give --overwrite to replace it, or another name")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder; make it first")
 
 
 def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:

@@ -29,7 +29,7 @@ from patchwave_jax.config import Config
 from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
-from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.errors import UserError, check_output, exits_cleanly
 from patchwave_jax.step import keep_compilations
 from patchwave_jax.tally import MODEL, Tally
 from patchwave_jax.workdir import Workdir
@@ -186,16 +186,6 @@ def measure_workdir(
         "workdir": workdir,
     }
     return measure.result(tally, targets), tally, about
-
-
-def check_output(path: Path | None, overwrite: bool) -> None:
-    """Raises `UserError` if a file that is to be written exists, or its folder does not."""
-    if path is None:
-        return
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists; give --overwrite to replace it, or another name")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent} is no folder; make it first")
 
 
 if __name__ == "__main__":

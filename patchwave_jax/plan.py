@@ -30,7 +30,7 @@ from patchwave_jax.ahead import (
 from patchwave_jax.chips import GIB
 from patchwave_jax.command_line import parse
 from patchwave_jax.config import Config
-from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.errors import UserError, check_output, exits_cleanly
 from patchwave_jax.flops import useful_flops
 from patchwave_jax.mesh import make_mesh
 from patchwave_jax.step import make_step
@@ -212,9 +212,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--topology", help="v5e-16, v5e:4x4, v5p-128, a100:4, h100:8, cpu:8 ...")
     parser.add_argument("--fit", action="store_true", help="find the largest batch that fits")
     parser.add_argument("--json", type=Path, help="write all that was found there")
+    parser.add_argument("--overwrite", action="store_true", help="replace --json if it exists")
     args, rest = parser.parse_known_args(argv)
     if not args.topology:
         raise UserError("--topology is missing: the machine to plan for, such as v5e-16")
+    check_output(args.json, args.overwrite)
     given = [f"--config={args.config}"] if args.config else []
     config, *_ = parse([sys.argv[0], *given, *rest], __doc__)
     jax.config.update("jax_platforms", "cpu")  # no device here is wanted, only compilers

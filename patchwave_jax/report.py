@@ -21,8 +21,8 @@ from patchwave_jax import distributed, expected, figures, measure, reference, sl
 from patchwave_jax.calibration import Calibration, calibrate
 from patchwave_jax.config import Config
 from patchwave_jax.data.audio import SAMPLE_RATE
-from patchwave_jax.errors import UserError, exits_cleanly
-from patchwave_jax.evaluate import check_output, open_splits
+from patchwave_jax.errors import UserError, check_output, exits_cleanly
+from patchwave_jax.evaluate import open_splits
 from patchwave_jax.panels import context_panels, excerpts, generated, picture
 from patchwave_jax.prompts import CONTINUATION
 from patchwave_jax.step import count_parameters
