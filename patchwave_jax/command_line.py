@@ -29,7 +29,10 @@ def parse(argv: list[str], about: str | None) -> tuple[Config, str, trace.Steps 
         sys_argv=argv,
     )
     workdir = flags.DEFINE_string(
-        "workdir", None, "Where the run lives; default: runs/CONFIG.", flag_values=values
+        "workdir",
+        None,
+        "Where the run lives: a folder, or gs://BUCKET/DIR; default: runs/CONFIG.",
+        flag_values=values,
     )
     profile_steps = flags.DEFINE_string(
         "profile_steps",
