@@ -323,6 +323,16 @@ def test_tpus_that_are_not_there(topology, count):
 
 
 @needs_tpu
+@pytest.mark.parametrize("topology", ["v4-64", "v5e-16", "v5e-64", "v5p-128", "v6e-256"])
+def test_every_slice_can_share_rows(topology):
+    _, devices = chips.machine(topology)
+    for context in (1, 2, 4, 8, 16):
+        mesh = make_mesh(context, devices)
+        assert dict(mesh.shape) == {"data": len(devices) // context, "context": context}
+        assert set(mesh.devices.flat) == set(devices)
+
+
+@needs_tpu
 def test_a_tpus_compiler_says_what_does_not_fit():
     _, (device,) = chips.machine("v5e-1")
     x = jax.ShapeDtypeStruct((60_000, 60_000), jnp.float32, sharding=SingleDeviceSharding(device))
