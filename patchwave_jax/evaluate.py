@@ -172,10 +172,12 @@ def measure_workdir(
         drop_last=args.drop_last,
         max_targets=args.max_targets,
     )
-    tally = measure.measure(evaluator, params, targets)
-    if args.yardsticks:
+    fitted = None
+    if args.yardsticks:  # first: where they can't be kept, nothing is measured in vain
         with Workdir(workdir) as files:
             fitted = reference.fitted(files.folder, train_split, config.data.quantiser)
+    tally = measure.measure(evaluator, params, targets)
+    if fitted:
         measure.measure_yardsticks(fitted, targets, tally)
     about = {
         "split": args.split,

@@ -76,7 +76,7 @@ class Workdir:
     def _fetch(self, system: Any) -> None:
         for name in system.find(self._root):
             relative = os.path.relpath(name, self._root)
-            if relative.split("/")[0] not in LEFT:
+            if relative.split("/")[0] not in LEFT and not name.endswith("/"):  # an empty folder
                 file = self.folder / relative
                 file.parent.mkdir(parents=True, exist_ok=True)
                 system.get_file(name, str(file))

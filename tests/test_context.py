@@ -147,3 +147,23 @@ def test_a_mesh_that_the_devices_do_not_fill_is_named():
     assert dict(make_mesh(4).shape) == {"data": 2, "context": 4}
     with pytest.raises(UserError, match=r"config\.run\.context_devices 3 does not divide the 8"):
         make_mesh(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of one of a TPU's devices."""
+
+    id: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+@pytest.mark.parametrize("context", [1, 2, 4, 8, 16])
+def test_an_axis_of_chips_may_be_split(context):
+    chips = [Chip(i, (i // 16, i % 16, 0)) for i in range(256)]
+    mesh = make_mesh(context, chips)
+    assert dict(mesh.shape) == {"data": 256 // context, "context": context}
+    assert set(mesh.devices.flat) == set(chips)

@@ -8,11 +8,12 @@ import socket
 import jax
 import numpy as np
 import pytest
+import soundfile as sf
 from pod.tiny import get_config
-from small_run import make_config, make_data, make_run
+from small_run import make_config, make_data, make_run, tones
 from test_distributed import HERE, Pair
 
-from patchwave_jax import evaluate, generate, report
+from patchwave_jax import evaluate, expected, generate, report, score
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config_dict import from_config_dict
 from patchwave_jax.errors import UserError
@@ -61,6 +62,7 @@ def test_a_run_goes_on_from_a_bucket_as_from_a_folder(data, bucket, tmp_path, ca
     assert train(config, tmp_path / "run")
     monkeypatch.setenv("PATCHWAVE_DATA_DIR", str(tmp_path / "cache"))
     bucket.put(data, "bucket/data", recursive=True)
+    bucket.pipe_file("bucket/runs/one/samples/", b"")  # how the console makes a folder
     in_bucket = dataclasses.replace(config.data, data_dir="gs://bucket/data")
     config = dataclasses.replace(config, data=in_bucket)
     place = "gs://bucket/runs/one"
@@ -91,6 +93,9 @@ def test_a_run_goes_on_from_a_bucket_as_from_a_folder(data, bucket, tmp_path, ca
     with pytest.raises(SystemExit):  # it is there already
         report.main(argv)
     assert "report.html exists; give --overwrite" in capsys.readouterr().err
+    sf.write(tmp_path / "a.wav", tones(4_000, 0), 16_000)
+    score.main([f"--workdir={place}", str(tmp_path / "a.wav")])
+    assert expected.record(place, "one").steps == (4, 8)
     out = tmp_path / "clips"
     generate.main([f"--workdir={place}", f"--out={out}", "--seconds=0.01"])
     assert json.loads((out / "000.json").read_text())["checkpoint"] == place
@@ -115,10 +120,8 @@ def test_what_two_processes_carry_one_carries_on(data, bucket, tmp_path):
     config.data.data_dir, config.train.num_steps = data, stopped + 3
     train(from_config_dict(config), place)
     train(from_config_dict(config), tmp_path / "one")
-    two, one = (
-        rows(bucket.cat_file(log).decode()),
-        rows((tmp_path / "one/metrics.jsonl").read_text()),
-    )
+    logs = bucket.cat_file(log).decode(), (tmp_path / "one/metrics.jsonl").read_text()
+    two, one = map(rows, logs)
     assert [row[:2] for row in two] == [row[:2] for row in one]
     np.testing.assert_allclose([row[2] for row in two], [row[2] for row in one], rtol=1e-5)
 
