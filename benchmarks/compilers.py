@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from patchwave_jax import chunks, model, recipes, transformer
+from patchwave_jax import recipes
 from patchwave_jax.config import Config
 from patchwave_jax.errors import exits_cleanly
+from patchwave_jax.models import chunking
+from patchwave_jax.models.patchwave import model, transformer
 from patchwave_jax.plan import plan
 
 
@@ -30,10 +32,10 @@ def gradient_afterwards(function: Callable, tree: Any, fixed: Any = (), *, axis:
     count = jax.tree.leaves(tree)[0].shape[axis] // size
 
     def add(total, i):
-        piece, rest = chunks._take((tree, fixed), axis, size, i)
+        piece, rest = chunking._take((tree, fixed), axis, size, i)
         return total + function(piece, rest, i), None
 
-    first = chunks._take((tree, fixed), axis, size, 0)
+    first = chunking._take((tree, fixed), axis, size, 0)
     shape = jax.eval_shape(lambda: function(*first, jnp.int32(0)))
     start = jnp.zeros(shape.shape, shape.dtype)
     values = lax.scan(jax.checkpoint(add), start, jnp.arange(count))[0] / count
@@ -57,7 +59,7 @@ def all_scores(folded: transformer.Folded, x):
 
 
 def checkpointed(function: Callable, pieces: list) -> list:
-    """`chunks.recomputed` by what JAX has."""
+    """`chunking.recomputed` by what JAX has."""
     return [jax.checkpoint(function)(*piece) for piece in pieces]
 
 

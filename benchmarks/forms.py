@@ -21,8 +21,8 @@ from flax import nnx
 
 from patchwave_jax import recipes
 from patchwave_jax.config import Config
-from patchwave_jax.memory import choose_chunks
-from patchwave_jax.step import make_model
+from patchwave_jax.runtime.memory import choose_chunks
+from patchwave_jax.training.step import make_model
 
 NO_DROPOUT = {"conv_dropout": 0.0, "mlp_dropout": 0.0, "head_dropout": 0.0, "token_dropout": 0.0}
 

@@ -1,11 +1,11 @@
 """Samples generated per second: `python benchmarks/generate.py`. Prints one JSON object.
 
-The model is the paper's in size (`ModelConfig()`, causal; with `--dense` our recipe's), with random
-weights and caches filled with numbers: what it computes does not depend on them. Every rate is the
-median over chunks at the end of a full context, where a sample costs most. What the window's slide
-costs, every half a context, is measured with `--slides`. The naive way is the patch form, run anew
-for every sample. `bare` is a bound: a loop of nothing but the products with the weights and the
-cached tokens that a sample needs.
+The model is the paper's in size (`PatchWaveConfig()`, causal; with `--dense` our recipe's), with
+random weights and caches filled with numbers: what it computes does not depend on them. Every rate
+is the median over chunks at the end of a full context, where a sample costs most. What the window's
+slide costs, every half a context, is measured with `--slides`. The naive way is the patch form, run
+anew for every sample. `bare` is a bound: a loop of nothing but the products with the weights and
+the cached tokens that a sample needs.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from patchwave_jax import recipes
 from patchwave_jax.config import Config
 from patchwave_jax.errors import exits_cleanly
-from patchwave_jax.sampler import CHUNK_SAMPLES, Sampler
-from patchwave_jax.step import make_model
+from patchwave_jax.generation.sampler import CHUNK_SAMPLES, Sampler
+from patchwave_jax.training.step import make_model
 
 MEMORY_SHARE = 0.8  # of the free memory that the streams' state may take
 
@@ -57,7 +57,7 @@ def cached(config: Config, params, num: int, seconds: float, slides: bool) -> di
     rates: list[float] = []
     begin = time.perf_counter()
     while len(rates) < 4 or time.perf_counter() - begin < seconds:
-        sampler.pretend(config.context_samples - CHUNK_SAMPLES)
+        sampler.fill_dummy_state(config.context_samples - CHUNK_SAMPLES)
         start = time.perf_counter()
         sampler.run()
         rates.append(num * CHUNK_SAMPLES / (time.perf_counter() - start))

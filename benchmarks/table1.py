@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from patchwave_jax import figures, measure, recipes, sliding, train
+from patchwave_jax import recipes, train
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config, DataConfig
 from patchwave_jax.data.build import ensure_built
@@ -38,13 +38,15 @@ from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.data.windows import batches
 from patchwave_jax.errors import UserError, exits_cleanly
-from patchwave_jax.mesh import make_mesh
-from patchwave_jax.recurrent import make_sampler
-from patchwave_jax.sampler import CHUNK_SAMPLES, Sampler
-from patchwave_jax.samplernn import SampleRNNConfig
-from patchwave_jax.sashimi import SaShiMiConfig
-from patchwave_jax.step import Step, count_parameters, keep_compilations, make_step
-from patchwave_jax.wavenet import WaveNetConfig
+from patchwave_jax.evaluation import measure, protocol
+from patchwave_jax.generation.recurrent import make_sampler
+from patchwave_jax.generation.sampler import CHUNK_SAMPLES, Sampler
+from patchwave_jax.models.samplernn import SampleRNNConfig
+from patchwave_jax.models.sashimi import SaShiMiConfig
+from patchwave_jax.models.wavenet import WaveNetConfig
+from patchwave_jax.reporting import figures
+from patchwave_jax.runtime.mesh import make_mesh
+from patchwave_jax.training.step import Step, count_parameters, keep_compilations, make_step
 
 SPAN_SAMPLES = 2_000  # whole patches of all systems, so that windows share their ends
 TRIAL_SECONDS = 20.0
@@ -114,7 +116,7 @@ def draw_spans(split: Split, clip_samples: int, count: int) -> Spans:
 
 
 def measure_spans(
-    evaluator: sliding.Evaluator, params: Any, split: Split, clip_samples: int, spans: Spans
+    evaluator: protocol.Evaluator, params: Any, split: Split, clip_samples: int, spans: Spans
 ) -> measure.Result:
     """The NLL of the samples in `spans`, each with the context that the model has there."""
     config = evaluator.config
@@ -122,7 +124,7 @@ def measure_spans(
     windows = [
         piece
         for window in targets.windows
-        for piece in sliding.pieces(window, targets.stride_patches, config)
+        for piece in protocol.pieces(window, targets.stride_patches, config)
         if piece.clip in spans
         and piece.first < spans[piece.clip][1]
         and piece.end > spans[piece.clip][0]
@@ -169,7 +171,7 @@ def generation_rate(config: Config, params: Any) -> float:
     made, taken = 0, 0.0
     while taken < GENERATION_SECONDS:
         if isinstance(sampler, Sampler):
-            sampler.pretend(config.context_samples - CHUNK_SAMPLES)
+            sampler.fill_dummy_state(config.context_samples - CHUNK_SAMPLES)
         elif sampler.position + CHUNK_SAMPLES >= config.context_samples:
             sampler.prime(np.zeros((1, 0), np.uint8), 0)
         begin = time.monotonic()
@@ -200,7 +202,7 @@ def run_system(name: str, args: argparse.Namespace) -> dict[str, Any]:
     budget = args.budget_minutes * 60
     config = timed_schedule(config, round(budget / trial(config, windows)))
     peak = peak_bytes()  # of training: nothing was measured yet
-    made, evaluator = make_step(config, make_mesh()), sliding.Evaluator(config, make_mesh())
+    made, evaluator = make_step(config, make_mesh()), protocol.Evaluator(config, make_mesh())
     spans = draw_spans(splits["validation"], args.clip_samples, args.validation_spans)
     curve: list[dict[str, float]] = []
     trained, done = 0.0, 0

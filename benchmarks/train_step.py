@@ -27,12 +27,12 @@ import numpy as np
 from flax import nnx
 
 from patchwave_jax import recipes
-from patchwave_jax.chunks import mean_over_chunks
 from patchwave_jax.config import Config
-from patchwave_jax.flops import useful_flops
-from patchwave_jax.memory import choose_chunks
-from patchwave_jax.mesh import make_mesh
-from patchwave_jax.step import keep_compilations, make_model, make_step
+from patchwave_jax.models.chunking import mean_over_chunks
+from patchwave_jax.planning.flops import useful_flops
+from patchwave_jax.runtime.memory import choose_chunks
+from patchwave_jax.runtime.mesh import make_mesh
+from patchwave_jax.training.step import keep_compilations, make_model, make_step
 
 YARDSTICK = 2048
 CHUNKS = 6  # of phases, for the Transformer and the head alone

@@ -20,10 +20,11 @@ import optax.contrib
 from flax import nnx
 
 from benchmarks import ablations
-from patchwave_jax import step, train
+from patchwave_jax import train
 from patchwave_jax.errors import exits_cleanly
-from patchwave_jax.model import PatchWave
-from patchwave_jax.optimizer import make_schedule
+from patchwave_jax.models.patchwave.model import PatchWave
+from patchwave_jax.training import step
+from patchwave_jax.training.optimizer import make_schedule
 
 CONSTANT = ablations.CHOICES["constant learning rate"]
 Patch = contextlib.AbstractContextManager[Any]

@@ -12,7 +12,7 @@ every gradient at 1, here of their norm.
 
 from patchwave_jax import recipes
 from patchwave_jax.config_dict import to_config_dict
-from patchwave_jax.samplernn import SampleRNNConfig
+from patchwave_jax.models.samplernn import SampleRNNConfig
 
 
 def get_config(arg: str = ""):

@@ -13,7 +13,7 @@ brought nothing. Add --config.data.quantiser=sashimi for the published codes, an
 from patchwave_jax import recipes
 from patchwave_jax.config_dict import to_config_dict
 from patchwave_jax.errors import UserError
-from patchwave_jax.sashimi import SaShiMiConfig
+from patchwave_jax.models.sashimi import SaShiMiConfig
 
 
 def get_config(arg: str = ""):

@@ -11,7 +11,7 @@ AdamW without weight decay at 0.001, times 0.2 whenever the validation loss was 
 
 from patchwave_jax import recipes
 from patchwave_jax.config_dict import to_config_dict
-from patchwave_jax.wavenet import WaveNetConfig
+from patchwave_jax.models.wavenet import WaveNetConfig
 
 
 def get_config(arg: str = ""):

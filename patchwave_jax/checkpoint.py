@@ -22,12 +22,19 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 import patchwave_jax
+from patchwave_jax.checkpoint_metadata import (
+    DamagedError,
+    Record,
+    described,
+    layout,
+    parse,
+    record_hash,
+)
 from patchwave_jax.config import Config
 from patchwave_jax.data.remote import is_address, names_address
-from patchwave_jax.distributed import all_agree, is_first, wait_for_all
 from patchwave_jax.errors import UserError
-from patchwave_jax.records import DamagedError, Record, described, layout, parse, record_hash
-from patchwave_jax.workdir import as_path
+from patchwave_jax.runtime.distributed import all_agree, is_first, wait_for_all
+from patchwave_jax.runtime.workdir import as_path
 
 METRIC = "validation_nll_nats"
 _policies = ocp.training.preservation_policies

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 
 import ml_collections
 
-from patchwave_jax import quantisers
-from patchwave_jax.config import MODELS, OBJECTIVES, Config, ModelConfig
+from patchwave_jax.config import MODELS, OBJECTIVES, Config, PatchWaveConfig
+from patchwave_jax.data import quantisers
 from patchwave_jax.errors import UserError
 
 
@@ -50,7 +50,7 @@ def _typed(hint: typing.Any, value: typing.Any, where: str):
         kind = value.get("kind")
         if kind is not None and kind not in tuple(MODELS):
             raise UserError(f"{where}.kind must be one of {', '.join(MODELS)}, got {kind!r}")
-        hint = ModelConfig if kind is None else MODELS[kind]
+        hint = PatchWaveConfig if kind is None else MODELS[kind]
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
     if isinstance(hint, types.GenericAlias):
@@ -114,7 +114,7 @@ def _check(config: Config) -> None:
         require(value <= most, f"data.{name}", f"must be at most {most}, got {value}")
     require(0 <= config.seed < 2**31, "seed", f"must be in [0, 2**31), got {config.seed}")
 
-    if isinstance(model, ModelConfig):
+    if isinstance(model, PatchWaveConfig):
         _check_patch_model(config, model, require)
     else:
         one_of("objective", config.objective, ("dense",))
@@ -128,7 +128,7 @@ def _check(config: Config) -> None:
 
 
 def _check_patch_model(
-    config: Config, model: ModelConfig, require: Callable[[bool, str, str], None]
+    config: Config, model: PatchWaveConfig, require: Callable[[bool, str, str], None]
 ) -> None:
     train, run = config.train, config.run
     for name, value, names in (
@@ -184,7 +184,7 @@ def _check_patch_model(
 
 
 def _check_adaptive(
-    config: Config, model: ModelConfig, require: Callable[[bool, str, str], None]
+    config: Config, model: PatchWaveConfig, require: Callable[[bool, str, str], None]
 ) -> None:
     taps, windows, block = model.adaptive_taps, model.adaptive_windows, model.adaptive_block_samples
     require(

@@ -1,8 +1,8 @@
 """NLL of a trained model on a split: `python -m patchwave_jax.evaluate --workdir=DIR --split=test`.
 
-Prints nats and bits per sample with the quantiser, the number of targets, the context they had
-and a 95% interval; then the NLL against the context and per source file, with the yardsticks
-beside it where `--yardsticks` asks for them. The protocol is that of `patchwave_jax.sliding`.
+Prints nats and bits per sample with the quantiser, the number of targets, the context they had and
+a 95% interval; then the NLL against the context and per source file, with the yardsticks beside it
+where `--yardsticks` asks for them. The protocol is that of `patchwave_jax.evaluation.protocol`.
 
 The published YouTube-Mix numbers are clips from scratch, of a model trained on the sashimi
 quantiser (--config.data.quantiser=sashimi) with 131,072 samples of context or a little more:
@@ -24,15 +24,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from patchwave_jax import distributed, figures, measure, reference, sliding
 from patchwave_jax.config import Config
 from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.errors import UserError, check_output, exits_cleanly
-from patchwave_jax.step import keep_compilations
-from patchwave_jax.tally import MODEL, Tally
-from patchwave_jax.workdir import Workdir
+from patchwave_jax.evaluation import measure, protocol, reference
+from patchwave_jax.evaluation.nll import MODEL, NllAccumulator
+from patchwave_jax.reporting import figures
+from patchwave_jax.runtime import distributed
+from patchwave_jax.runtime.workdir import Workdir
+from patchwave_jax.training.step import keep_compilations
 
 
 def open_splits(config: Config, data_dir: str | None, name: str) -> tuple[Split, Split]:
@@ -53,7 +55,7 @@ def check_quantiser(asked: str | None, config: Config, workdir: str) -> None:
         )
 
 
-def as_json(result: measure.Result, tally: Tally) -> dict[str, Any]:
+def as_json(result: measure.Result, tally: NllAccumulator) -> dict[str, Any]:
     """The result and all tables, as JSON holds them."""
     tables = {
         "context": tally.by_context,
@@ -72,7 +74,7 @@ def as_json(result: measure.Result, tally: Tally) -> dict[str, Any]:
     return record
 
 
-def tables(tally: Tally) -> str:
+def tables(tally: NllAccumulator) -> str:
     """The model and the yardsticks, in bits: over all, by context, and per source file."""
     names = tally.names
     heads = "".join(f"{name:>{_wide(name)}}" for name in names)
@@ -158,9 +160,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure_workdir(
     workdir: str, args: argparse.Namespace
-) -> tuple[measure.Result, Tally, dict[str, Any]]:
+) -> tuple[measure.Result, NllAccumulator, dict[str, Any]]:
     """Measures one run as the flags ask: the result, its tables, and what it is of."""
-    evaluator, params, step = sliding.load(workdir, args.step)
+    evaluator, params, step = protocol.load(workdir, args.step)
     config = evaluator.config
     check_quantiser(args.quantiser, config, workdir)
     split, train_split = open_splits(config, args.data_dir, args.split)
@@ -178,7 +180,7 @@ def measure_workdir(
             fitted = reference.fitted(files.folder, train_split, config.data.quantiser)
     tally = measure.measure(evaluator, params, targets)
     if fitted:
-        measure.measure_yardsticks(fitted, targets, tally)
+        measure.measure_classical(fitted, targets, tally)
     about = {
         "split": args.split,
         "step": step,

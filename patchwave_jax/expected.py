@@ -23,7 +23,7 @@ import patchwave_jax
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError, exits_cleanly
-from patchwave_jax.workdir import Workdir
+from patchwave_jax.runtime.workdir import Workdir
 
 FOLDER = "expected_runs"
 ROWS = 8  # of the table for each run, at most
@@ -38,7 +38,7 @@ class Expected:
     hardware: str
     code_version: str
     manifest_hash: str
-    config: dict[str, Any]  # see `essence`
+    config: dict[str, Any]  # see `fingerprint`
     steps: tuple[int, ...]
     minutes: tuple[float, ...]
     validation_bits: tuple[float, ...]
@@ -51,7 +51,7 @@ class Expected:
         return float(np.interp(step, self.steps, self.validation_bits))
 
 
-def essence(config: Config) -> dict[str, Any]:
+def fingerprint(config: Config) -> dict[str, Any]:
     """What decides the loss curve: everything but places and pace."""
     tree = json.loads(json.dumps(dataclasses.asdict(config)))
     del tree["run"], tree["data"]["data_dir"], tree["train"]["micro_batch_size"]
@@ -97,7 +97,7 @@ def record(workdir: str | os.PathLike[str], name: str) -> Expected:
         hardware=this_machine(),
         code_version=patchwave_jax.__version__,
         manifest_hash=stored.manifest_hash,
-        config=essence(stored.config),
+        config=fingerprint(stored.config),
         steps=tuple(row["step"] for row in rows),
         minutes=tuple(round(row["minutes"], 2) for row in rows),
         validation_bits=tuple(round(row["nll_bits"], 4) for row in rows),
@@ -125,7 +125,7 @@ def matching(
 ) -> Expected | None:
     """The record of a run with this configuration on this data, if there is one."""
     for expected in records() if known is None else known:
-        if expected.manifest_hash == manifest_hash and expected.config == essence(config):
+        if expected.manifest_hash == manifest_hash and expected.config == fingerprint(config):
             return expected
     return None
 

@@ -26,24 +26,26 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from patchwave_jax import distributed, quantisers, recurrent, sliding
-from patchwave_jax.agreement import check
-from patchwave_jax.data import audio
+from patchwave_jax.data import audio, quantisers
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.data.remote import is_address
 from patchwave_jax.errors import UserError, exits_cleanly
-from patchwave_jax.interrupts import stop_requested
-from patchwave_jax.outputs import Outputs, write_wav
-from patchwave_jax.prompts import Settings, encode, open_data, read_prompts
-from patchwave_jax.sampler import Streams
-from patchwave_jax.step import keep_compilations
-from patchwave_jax.workdir import as_path
+from patchwave_jax.evaluation import protocol
+from patchwave_jax.generation import recurrent
+from patchwave_jax.generation.check import check
+from patchwave_jax.generation.clips import Outputs, write_wav
+from patchwave_jax.generation.prompts import Settings, encode, open_data, read_prompts
+from patchwave_jax.generation.sampler import Streams
+from patchwave_jax.runtime import distributed
+from patchwave_jax.runtime.signals import stop_requested
+from patchwave_jax.runtime.workdir import as_path
+from patchwave_jax.training.step import keep_compilations
 
 REPORT_SECONDS = 10.0  # between lines of progress
 
 
 def start(
-    settings: Settings, out: Path, evaluator: sliding.Evaluator, params: Any, step: int
+    settings: Settings, out: Path, evaluator: protocol.Evaluator, params: Any, step: int
 ) -> tuple[Streams, Outputs]:
     """A sampler and files at the end of the prompts."""
     config = evaluator.config
@@ -76,7 +78,7 @@ def make_mesh(num: int) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=kinds, devices=devices)
 
 
-def make_sampler(settings: Settings, evaluator: sliding.Evaluator, params: Any) -> Streams:
+def make_sampler(settings: Settings, evaluator: protocol.Evaluator, params: Any) -> Streams:
     return recurrent.make_sampler(
         evaluator.config,
         params,
@@ -87,7 +89,7 @@ def make_sampler(settings: Settings, evaluator: sliding.Evaluator, params: Any) 
     )
 
 
-def take_up(sampler: Streams, outputs: Outputs, stopping: Callable[[], bool]) -> None:
+def resume(sampler: Streams, outputs: Outputs, stopping: Callable[[], bool]) -> None:
     """Brings a sampler where the files end, by the computations that made them."""
     end = outputs.made
     at = sampler.rewind(end, outputs.record["prompt_samples"])
@@ -176,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         args.setdefault("num", max(1, len(args.get("prompt", []))))
         settings, step = Settings(**args), args.get("step")
     settings.check()
-    evaluator, params, step = sliding.load(settings.workdir, step, make_mesh(settings.num))
+    evaluator, params, step = protocol.load(settings.workdir, step, make_mesh(settings.num))
     if not distributed.is_first():
         return  # all processes read the checkpoint, the first makes the clips
     if checking:
@@ -185,13 +187,13 @@ def main(argv: list[str] | None = None) -> None:
         if outputs:
             print(f"going on from {outputs.made / SAMPLE_RATE:g} seconds", flush=True)
             sampler = make_sampler(settings, evaluator, params)
-            take_up(sampler, outputs, stopping)
+            resume(sampler, outputs, stopping)
         else:
             sampler, outputs = start(settings, Path(out), evaluator, params, step)
         total = outputs.record["prompt_samples"] + round(settings.seconds * SAMPLE_RATE)
         generate(sampler, outputs, total, stopping)
     if plots:
-        from patchwave_jax import plots as drawing  # matplotlib is slow to import
+        from patchwave_jax.reporting import spectrogram as drawing  # matplotlib is slow to import
 
         for clip in range(settings.num):
             path = outputs.path(clip, ".wav")
@@ -217,7 +219,7 @@ def resumed_settings(outputs: Outputs, given: dict[str, Any]) -> Settings:
     return Settings(**own)
 
 
-def run_check(settings: Settings, evaluator: sliding.Evaluator, params: Any) -> bool:
+def run_check(settings: Settings, evaluator: protocol.Evaluator, params: Any) -> bool:
     """Prints whether generation and evaluation agree on this checkpoint."""
     config = evaluator.config
     if settings.prompt:

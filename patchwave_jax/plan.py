@@ -5,7 +5,8 @@
 compiles the programs of the very step that `train` runs for the machine's devices and reads off
 what they need. Every field of the configuration can be set as for `train`. Every number is of one
 device and of one optimizer step, unless it says otherwise. Times are what the chip's public peaks
-allow at best (`patchwave_jax/chips.py`): no step will be faster, and real ones are slower.
+allow at best (`patchwave_jax/planning/hardware.py`): no step will be faster, and real ones are
+slower.
 """
 
 import argparse
@@ -19,21 +20,21 @@ from typing import Any
 
 import jax
 
-from patchwave_jax import chips
-from patchwave_jax.ahead import (
+from patchwave_jax.config import Config
+from patchwave_jax.errors import UserError, check_output, exits_cleanly
+from patchwave_jax.flags import parse
+from patchwave_jax.planning import hardware
+from patchwave_jax.planning.aot_compile import (
     DoesNotFitError,
     Program,
     compile_programs,
     memory_by_kind,
     roofline,
 )
-from patchwave_jax.chips import GIB
-from patchwave_jax.command_line import parse
-from patchwave_jax.config import Config
-from patchwave_jax.errors import UserError, check_output, exits_cleanly
-from patchwave_jax.flops import useful_flops
-from patchwave_jax.mesh import make_mesh
-from patchwave_jax.step import make_step
+from patchwave_jax.planning.flops import useful_flops
+from patchwave_jax.planning.hardware import GIB
+from patchwave_jax.runtime.mesh import make_mesh
+from patchwave_jax.training.step import make_step
 
 MOST_ROWS = 4096  # that `--fit` tries
 
@@ -71,7 +72,7 @@ def plan(config: Config, topology: str, name: str = "") -> Plan:
       DoesNotFitError: if a device has too little memory.
       UserError: if there is no such machine, its compiler is missing, or the batch can't be split.
     """
-    chip, devices = chips.machine(topology)
+    chip, devices = hardware.machine(topology)
     step = make_step(config, make_mesh(config.run.context_devices, devices))
     programs = compile_programs(step)
     memory, shares = memory_by_kind(step, programs), step.mesh.shape["data"]
@@ -120,7 +121,7 @@ def fit(
     Raises:
       DoesNotFitError: if a single row for each is too much.
     """
-    groups = len(chips.machine(topology)[1]) // config.run.context_devices
+    groups = len(hardware.machine(topology)[1]) // config.run.context_devices
 
     def attempt(rows: int) -> tuple[Config, Plan]:
         sized = dataclasses.replace(config.train, batch_size=rows * groups, micro_batch_size=rows)
@@ -162,7 +163,7 @@ def table(found: Plan) -> str:
     def gib(size: float) -> str:
         return f"{size / GIB:.2f}"
 
-    chip = chips.CHIPS.get(re.split("[:-]", found.topology)[0])
+    chip = hardware.CHIPS.get(re.split("[:-]", found.topology)[0])
     has = f" of {gib(found.has_bytes)}" if found.has_bytes else ""
     count = found.batch_size // (found.rows_at_once * found.mesh["data"])
     mesh = " x ".join(f"{name} {size}" for name, size in found.mesh.items())

@@ -5,7 +5,14 @@ from typing import Any
 
 import ml_collections
 
-from patchwave_jax.config import Baseline, Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from patchwave_jax.config import (
+    Baseline,
+    Config,
+    DataConfig,
+    PatchWaveConfig,
+    RunConfig,
+    TrainConfig,
+)
 from patchwave_jax.config_dict import to_config_dict
 from patchwave_jax.errors import UserError
 
@@ -50,7 +57,7 @@ def dense(context_samples: int) -> Config:
     A step has about a million targets, whatever the context.
     """
     model = dataclasses.replace(
-        ModelConfig(),
+        PatchWaveConfig(),
         input="embedding",
         skip_connections=True,
         head="logistic_mixture",
@@ -103,7 +110,7 @@ def small(data: DataConfig, num_steps: int, evals: int) -> Config:
     return Config(
         objective="dense",
         context_samples=32_000,
-        model=ModelConfig(
+        model=PatchWaveConfig(
             patch_samples=500,
             strides=(2, 2, 2, 2),
             filters=(64, 64, 64, 32),

@@ -17,22 +17,25 @@ from typing import Any
 import jinja2
 
 import patchwave_jax
-from patchwave_jax import distributed, expected, figures, measure, reference, sliding
-from patchwave_jax.calibration import Calibration, calibrate
+from patchwave_jax import expected
 from patchwave_jax.config import Config
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError, check_output, exits_cleanly
 from patchwave_jax.evaluate import open_splits
-from patchwave_jax.panels import context_panels, excerpts, generated, picture
-from patchwave_jax.prompts import CONTINUATION
-from patchwave_jax.step import count_parameters
-from patchwave_jax.tally import LN2, MODEL, Tally
-from patchwave_jax.workdir import Workdir, as_path, clips_of
+from patchwave_jax.evaluation import measure, protocol, reference
+from patchwave_jax.evaluation.calibration import Calibration, calibrate
+from patchwave_jax.evaluation.nll import LN2, MODEL, NllAccumulator
+from patchwave_jax.generation.prompts import CONTINUATION
+from patchwave_jax.reporting import figures
+from patchwave_jax.reporting.panels import context_panels, excerpts, generated, picture
+from patchwave_jax.runtime import distributed
+from patchwave_jax.runtime.workdir import Workdir, as_path, clips_of
+from patchwave_jax.training.step import count_parameters
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
-def file_rows(tally: Tally) -> list[dict[str, Any]]:
+def file_rows(tally: NllAccumulator) -> list[dict[str, Any]]:
     """The table per source file, all of them first, then the most surprising."""
 
     def row(name: str, rows: list[Any]) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def page(
     generated_dir: Path | None = None,
 ) -> str:
     """The whole report of the run at `workdir` as HTML; `folder` has its files."""
-    evaluator, params, step = sliding.load(workdir, step)
+    evaluator, params, step = protocol.load(workdir, step)
     config = evaluator.config
     split, train_split = open_splits(config, data_dir, split_name)
     targets = measure.choose_targets(
@@ -86,21 +89,21 @@ def page(
     )
     tally = measure.measure(evaluator, params, targets)
     fitted = reference.fitted(folder, train_split, config.data.quantiser)
-    measure.measure_yardsticks(fitted, targets, tally)
+    measure.measure_classical(fitted, targets, tally)
     result = measure.result(tally, targets)
     nats = {name: tally.total(name).nll_nats for name in tally.names if name != MODEL}
     grown = measure.choose_targets(
         config, split, stride_patches=config.patches, max_targets=max_targets
     )
     growing = measure.measure(evaluator, params, grown)
-    shortage = measure.measure_shortage(evaluator, params, grown)
+    shortage = measure.context_gain(evaluator, params, grown)
     calibration = calibrate(evaluator, params, targets)
     rows = expected.history(folder)
     training = []
     if rows.get("train"):
         held_out, _ = open_splits(config, data_dir, "validation")
         validated = measure.choose_targets(config, held_out, max_targets=config.run.eval_targets)
-        lines = reference.yardsticks_on(validated, train_split, folder)
+        lines = reference.classical_on(validated, train_split, folder)
         losses = figures.loss_curves(rows["train"], rows.get("validation", []), lines)
         words = "Dashed: predictors that need no network, on the targets of the validations."
         training = [
@@ -108,7 +111,7 @@ def page(
             picture(figures.rates(rows["train"]), "Learning rate and throughput"),
         ]
     template = jinja2.Environment(
-        loader=jinja2.PackageLoader("patchwave_jax", ""),
+        loader=jinja2.PackageLoader("patchwave_jax.reporting", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     ).get_template("report.html")
@@ -154,7 +157,7 @@ def expectation(
 def cards(
     config: Config,
     result: measure.Result,
-    yardstick_nats: Mapping[str, float],
+    classical_nats: Mapping[str, float],
     params: Any,
     rows: Mapping[str, list[dict[str, Any]]],
 ) -> list[tuple[str, str]]:
@@ -162,11 +165,11 @@ def cards(
     interval = "bits per sample"
     if result.bits_low is not None:
         interval += f", 95% interval {result.bits_low:.3f} to {result.bits_high:.3f}"
-    best = min(yardstick_nats, key=lambda name: yardstick_nats[name])
+    best = min(classical_nats, key=lambda name: classical_nats[name])
     shown = [
         (f"{result.nll_bits:.3f}", interval),
         (f"{result.nll_nats:.3f}", f"nats per sample, quantiser {result.quantiser}"),
-        (f"{yardstick_nats[best] / LN2:.3f}", f"bits of the best yardstick, {best}"),
+        (f"{classical_nats[best] / LN2:.3f}", f"bits of the best yardstick, {best}"),
         (f"{result.targets:,}", "targets measured"),
         (
             f"{config.context_samples:,}",

@@ -7,7 +7,7 @@ What isn't 16 kHz mono is converted, and its line says so. `--npz=DIR` also writ
     codes      uint8 [T], what the model saw
     quantiser, stride_patches, step
 
-The protocol is that of `patchwave_jax.sliding`; a file is one clip.
+The protocol is that of `patchwave_jax.evaluation.protocol`; a file is one clip.
 """
 
 import argparse
@@ -24,13 +24,14 @@ import numpy as np
 import soundfile as sf
 from jaxtyping import Float32, Int16, UInt8
 
-from patchwave_jax import distributed, quantisers, sliding
 from patchwave_jax.config import Config
-from patchwave_jax.data import audio
+from patchwave_jax.data import audio, quantisers
 from patchwave_jax.errors import UserError, exits_cleanly
-from patchwave_jax.sliding import Evaluator, Window, segment
-from patchwave_jax.step import keep_compilations
-from patchwave_jax.tally import LN2
+from patchwave_jax.evaluation import protocol
+from patchwave_jax.evaluation.nll import LN2
+from patchwave_jax.evaluation.protocol import Evaluator, Window, segment
+from patchwave_jax.runtime import distributed
+from patchwave_jax.training.step import keep_compilations
 
 COPY_BYTES = 1 << 24
 
@@ -100,7 +101,7 @@ def encoded(path: Path, quantiser: quantisers.Quantiser) -> Iterator[UInt8[np.nd
 def stream(
     blocks: Iterable[UInt8[np.ndarray, " _"]], config: Config, stride: int
 ) -> Iterator[tuple[Window, UInt8[np.ndarray, " S"]]]:
-    """The windows of `sliding.plan` over one clip whose length is yet unknown, with their codes.
+    """The windows of `protocol.plan` over one clip whose length is yet unknown, with their codes.
 
     Holds a block and a window at a time.
     """
@@ -216,11 +217,11 @@ def main(argv: list[str] | None = None) -> None:
     if not distributed.is_first():
         paths = [None] * len(paths)
 
-    evaluator, params, step = sliding.load(args.workdir, args.step)
+    evaluator, params, step = protocol.load(args.workdir, args.step)
     config = evaluator.config
     stride = args.stride_patches
-    stride = sliding.default_stride(config) if stride is None else stride
-    sliding.plan([], config, stride)  # refuses a stride out of range
+    stride = protocol.default_stride(config) if stride is None else stride
+    protocol.plan([], config, stride)  # refuses a stride out of range
     print(
         f"{args.workdir}, step {step}: context up to {config.context_samples:,} samples, "
         f"stride {stride} of {config.patches} patches, quantiser {config.data.quantiser}"

@@ -18,42 +18,42 @@ import jax
 from absl import logging
 from flax import nnx
 
-from patchwave_jax import (
-    distributed,
-    expected,
-    measure,
-    preview,
-    quantisers,
-    records,
-    reference,
-    sliding,
-    trace,
-    yardsticks,
-)
+from patchwave_jax import checkpoint_metadata, expected
 from patchwave_jax.checkpoint import Checkpoints
-from patchwave_jax.command_line import parse
-from patchwave_jax.config import Config, ModelConfig
+from patchwave_jax.config import Config, PatchWaveConfig
+from patchwave_jax.data import quantisers
 from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.data.windows import Windows, batches, clips
 from patchwave_jax.errors import UserError, exits_cleanly, names_file
-from patchwave_jax.interrupts import stop_requested
-from patchwave_jax.lock import Lock
-from patchwave_jax.log import Log
-from patchwave_jax.mesh import make_mesh
-from patchwave_jax.optimizer import make_schedule
-from patchwave_jax.prompts import CONTINUATION
-from patchwave_jax.samplernn import SampleRNNConfig
-from patchwave_jax.sashimi import SaShiMiConfig
-from patchwave_jax.step import LN2, State, Step, count_parameters, keep_compilations, make_step
-from patchwave_jax.trace import Trace
-from patchwave_jax.watch import Watch
-from patchwave_jax.wavenet import WaveNetConfig
-from patchwave_jax.workdir import Workdir, clips_of
+from patchwave_jax.evaluation import classical, measure, protocol, reference
+from patchwave_jax.flags import parse
+from patchwave_jax.generation import preview
+from patchwave_jax.generation.prompts import CONTINUATION
+from patchwave_jax.models.samplernn import SampleRNNConfig
+from patchwave_jax.models.sashimi import SaShiMiConfig
+from patchwave_jax.models.wavenet import WaveNetConfig
+from patchwave_jax.runtime import distributed, profiler
+from patchwave_jax.runtime.lock import Lock
+from patchwave_jax.runtime.mesh import make_mesh
+from patchwave_jax.runtime.profiler import StepProfiler
+from patchwave_jax.runtime.signals import stop_requested
+from patchwave_jax.runtime.workdir import Workdir, clips_of
+from patchwave_jax.training.metrics_writer import MetricsWriter
+from patchwave_jax.training.nonfinite_guard import NonFiniteGuard
+from patchwave_jax.training.optimizer import make_schedule
+from patchwave_jax.training.step import (
+    LN2,
+    State,
+    Step,
+    count_parameters,
+    keep_compilations,
+    make_step,
+)
 
 PAPER_PARAMETERS: dict[type, str] = {
-    ModelConfig: "3.14M",
+    PatchWaveConfig: "3.14M",
     WaveNetConfig: "4.24M",
     SampleRNNConfig: "35.03M",
     SaShiMiConfig: "4.05M with 8 layers, 3.13M with 6",
@@ -61,7 +61,7 @@ PAPER_PARAMETERS: dict[type, str] = {
 
 
 def train(
-    config: Config, workdir: str | os.PathLike[str], profile_steps: trace.Steps | None = None
+    config: Config, workdir: str | os.PathLike[str], profile_steps: profiler.Steps | None = None
 ) -> bool:
     """Trains `config` in `workdir`, going on from its newest checkpoint if there is one.
 
@@ -83,7 +83,7 @@ def train(
     mesh, windows = make_mesh(config.run.context_devices), make_windows(config, train_split)
     own = distributed.own_rows(mesh, config.train.batch_size)
     step = make_step(config, mesh)
-    evaluator = sliding.Evaluator(config, mesh)
+    evaluator = protocol.Evaluator(config, mesh)
     targets = measure.choose_targets(config, validation_split, max_targets=config.run.eval_targets)
     known = expected.matching(config, train_split.manifest_hash)
     schedule, run = make_schedule(config), config.run
@@ -113,10 +113,10 @@ def train(
         data = batches(make_windows(config, train_split, own), done)
 
         with (
-            Log(files.folder, done, num_steps) as log,
-            Trace(profile_steps, files.folder, done, num_steps) as traced,
+            MetricsWriter(files.folder, done, num_steps) as log,
+            StepProfiler(profile_steps, files.folder, done, num_steps) as traced,
         ):
-            watch = Watch(windows, files.folder, log.say)
+            watch = NonFiniteGuard(windows, files.folder, log.say)
             clock, timed, evaluating, saving, stop = time.monotonic(), done, False, False, False
             while done < num_steps and not exhausted(config, flat):
                 batch = next(data)
@@ -151,7 +151,7 @@ def train(
                     log.write(done, "validation", dataclasses.asdict(result))
                     validation = result.nll_nats
                     if distributed.is_first():
-                        yards = reference.yardsticks_on(targets, train_split, files.folder)
+                        yards = reference.classical_on(targets, train_split, files.folder)
                         log.say(reference.verdict(validation, yards))
                     distributed.wait_for_all("yardsticks")
                     if known and (words := expected.compare(known, done, result.nll_bits)):
@@ -219,9 +219,9 @@ def restore_or_init(
 ) -> tuple[State, float | None, int]:
     """The state to go on from, the best validation NLL so far, and how long it has been flat."""
 
-    def check(record: records.Record) -> None:
-        records.check_continues(config, split.manifest_hash, record)
-        for change in records.changes(config, record.config):
+    def check(record: checkpoint_metadata.Record) -> None:
+        checkpoint_metadata.check_continues(config, split.manifest_hash, record)
+        for change in checkpoint_metadata.changes(config, record.config):
             logging.warning("changed since the checkpoint: %s", change)
 
     resumed = checkpoints.resume(step.abstract_state, check)
@@ -242,7 +242,7 @@ def start_from_linear_prediction(config: Config, step: Step, params: Any, split:
     chosen = stretches[:: max(1, len(stretches) // 64)]
     audio = split.excerpts((c.recording, c.start, c.length) for c in chosen)
     excerpts = [quantiser.encode(pcm) for pcm in audio]
-    taps, scale = yardsticks.fit_linear(excerpts, quantiser, config.patch_model.predictor_taps)
+    taps, scale = classical.fit_linear(excerpts, quantiser, config.patch_model.predictor_taps)
 
     def started(params: Any) -> Any:
         model = nnx.merge(step.graphdef, params)

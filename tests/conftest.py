@@ -21,15 +21,15 @@ import pytest
 from flax import nnx
 from scipy.signal import lfilter
 
-from patchwave_jax import quantisers
-from patchwave_jax.config import ModelConfig
-from patchwave_jax.model import PatchWave
+from patchwave_jax.config import PatchWaveConfig
+from patchwave_jax.data import quantisers
+from patchwave_jax.models.patchwave.model import PatchWave
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-SMALL = ModelConfig(
+SMALL = PatchWaveConfig(
     patch_samples=60,
     kernel_size=5,
     filters=(8, 8),
@@ -58,7 +58,7 @@ OTHER_PATCH = dataclasses.replace(
 )
 
 
-def random_model(config: ModelConfig, *, causal: bool, quantiser="mulaw", seed=0) -> PatchWave:
+def random_model(config: PatchWaveConfig, *, causal: bool, quantiser="mulaw", seed=0) -> PatchWave:
     """A model whose parameters, biases and norms included, are all away from their start."""
     model = PatchWave(config, causal=causal, quantiser=quantiser, rngs=nnx.Rngs(seed))
     graphdef, params = nnx.split(model)

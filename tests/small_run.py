@@ -11,7 +11,7 @@ from flax import nnx
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
 from patchwave_jax.data.build import build
-from patchwave_jax.step import make_model
+from patchwave_jax.training.step import make_model
 
 SIZE, PATCHES = SMALL.patch_samples, 4
 

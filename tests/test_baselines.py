@@ -16,17 +16,19 @@ from jax.sharding import AxisType
 from small_run import make_config, make_data, make_run, tones
 from test_baseline_models import SAMPLERNN, WAVENET
 
-from patchwave_jax import agreement, evaluate, generate, measure, report, score, sliding, train
-from patchwave_jax.baseline import picked
+from patchwave_jax import evaluate, generate, report, score, train
 from patchwave_jax.config import Config, RunConfig, TrainConfig
 from patchwave_jax.config_dict import from_config_dict, to_config_dict
 from patchwave_jax.data.index import open_split
 from patchwave_jax.errors import UserError
-from patchwave_jax.knobs import Knobs
-from patchwave_jax.optimizer import make_optimizer
-from patchwave_jax.recurrent import RecurrentSampler
-from patchwave_jax.sashimi import SaShiMiConfig, s4_parameters
-from patchwave_jax.step import graphdef_and_params, make_model, make_step
+from patchwave_jax.evaluation import measure, protocol
+from patchwave_jax.generation import check
+from patchwave_jax.generation.recurrent import RecurrentSampler
+from patchwave_jax.generation.sampling_params import SamplingParams
+from patchwave_jax.models.baseline import picked
+from patchwave_jax.models.sashimi import SaShiMiConfig, s4_parameters
+from patchwave_jax.training.optimizer import make_optimizer
+from patchwave_jax.training.step import graphdef_and_params, make_model, make_step
 
 SASHIMI = SaShiMiConfig(width=8, num_layers=1, pools=(4, 2), state_size=8)
 MODELS = {"wavenet": WAVENET, "samplernn": SAMPLERNN, "sashimi": SASHIMI}
@@ -68,8 +70,8 @@ def mesh(devices=1):
 def _small_batches():
     """Otherwise most of a batch were padding here."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sliding, "BATCH_SAMPLES", 500)
-        patched.setattr(sliding, "RECURRENT_ROWS", 2)
+        patched.setattr(protocol, "BATCH_SAMPLES", 500)
+        patched.setattr(protocol, "RECURRENT_ROWS", 2)
         yield
 
 
@@ -103,7 +105,7 @@ def test_interrupted_it_ends_with_the_same_bits(run, tmp_path, monkeypatch):
         patched.setattr(train, "stop_requested", lambda **_: stopping)
         assert not train.train(config, tmp_path)
     assert train.train(config, tmp_path)
-    ends = (sliding.load(workdir, STEPS)[1] for workdir in (straight, tmp_path))
+    ends = (protocol.load(workdir, STEPS)[1] for workdir in (straight, tmp_path))
     for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -177,10 +179,10 @@ def test_every_target_has_the_context_it_is_said_to_have(name, stride):
     config = small(name)
     codes = random_codes(700)
     params = params_of(name)
-    evaluator = sliding.Evaluator(config, mesh())
+    evaluator = protocol.Evaluator(config, mesh())
     network = nnx.merge(graphdef_and_params(config)[0], params)
     logits = jax.jit(network.network.logits)
-    windows = sliding.plan([700], config, stride)
+    windows = protocol.plan([700], config, stride)
     counted = 0
     for window, log_probs, contexts in evaluator.score(params, lambda _: codes, windows):
         counted += log_probs.size
@@ -221,7 +223,7 @@ def test_all_models_are_measured_on_the_same_targets(data_dir):
 def test_generation_agrees_with_evaluation(run, capsys, monkeypatch):
     """`generate --check`, across a slide of the window."""
     _, workdir = run
-    monkeypatch.setattr(agreement, "CHECK_SAMPLES", 300)
+    monkeypatch.setattr(check, "CHECK_SAMPLES", 300)
     with pytest.raises(SystemExit) as ended:
         generate.main([f"--workdir={workdir}", "--check"])
     words = capsys.readouterr().out
@@ -251,7 +253,9 @@ def test_streams_are_the_same_on_eight_devices():
     params = params_of("sashimi")
     clips = []
     for devices in (1, 8):
-        streams = RecurrentSampler(config, params, mesh(devices), num=11, knobs=Knobs(seed=3))
+        streams = RecurrentSampler(
+            config, params, mesh(devices), num=11, knobs=SamplingParams(seed=3)
+        )
         streams.prime(random_codes(11, 260), 260)
         clips.append(streams.run(100)[1])
     np.testing.assert_allclose(*clips, atol=1e-4)
@@ -302,4 +306,4 @@ def test_a_record_from_before_baselines_is_the_patch_model(tmp_path):
     config = make_config(tmp_path)
     workdir = make_run(tmp_path, config)
     assert "kind" not in dataclasses.asdict(config.model)
-    assert sliding.load(workdir)[0].config == config
+    assert protocol.load(workdir)[0].config == config

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from small_run import make_config
 
-from patchwave_jax import records
+from patchwave_jax import checkpoint_metadata
 from patchwave_jax.checkpoint import Checkpoints
+from patchwave_jax.checkpoint_metadata import DamagedError
 from patchwave_jax.errors import UserError
-from patchwave_jax.records import DamagedError
 
 CONFIG = make_config("data")
 # orbax leaves the coroutines of the other arrays when one can't be read
@@ -175,18 +175,18 @@ def test_another_optimizer_is_named_with_both_layouts(copy, state):
 def test_other_data_is_named_with_both_values(saved):
     with Checkpoints(saved) as checkpoints:
         record = checkpoints.record(6)
-    records.check_continues(CONFIG, "a" * 64, record)
+    checkpoint_metadata.check_continues(CONFIG, "a" * 64, record)
     with pytest.raises(UserError, match=r"has the manifest bbbbbbbbbbbb, but .* aaaaaaaaaaaa"):
-        records.check_continues(CONFIG, "b" * 64, record)
+        checkpoint_metadata.check_continues(CONFIG, "b" * 64, record)
     other = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, dataset="maestro"))
     with pytest.raises(UserError, match=r"dataset is 'maestro', but .* 'audio_folder'"):
-        records.check_continues(other, "a" * 64, record)
+        checkpoint_metadata.check_continues(other, "a" * 64, record)
 
 
 def test_what_may_change_is_listed(saved):
     faster = dataclasses.replace(CONFIG.train, learning_rate=0.5)
     config = dataclasses.replace(CONFIG, train=faster)
-    assert records.changes(config, CONFIG) == ["train.learning_rate: 0.0001 -> 0.5"]
+    assert checkpoint_metadata.changes(config, CONFIG) == ["train.learning_rate: 0.0001 -> 0.5"]
 
 
 def test_nothing_is_unpickled(saved, state, monkeypatch):

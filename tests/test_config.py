@@ -13,8 +13,8 @@ import pytest
 from patchwave_jax.config import Config
 from patchwave_jax.config_dict import from_config_dict, to_config_dict
 from patchwave_jax.errors import EXIT_CODE, UserError
-from patchwave_jax.mesh import make_mesh
-from patchwave_jax.step import count_parameters, make_step
+from patchwave_jax.runtime.mesh import make_mesh
+from patchwave_jax.training.step import count_parameters, make_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -10,20 +10,22 @@ from flax import nnx
 from scipy.signal import lfilter
 from small_run import PATCHES, SIZE, make_config, make_data, make_run, tones
 
-from patchwave_jax import evaluate, measure, quantisers, reference, sliding, tally
+from patchwave_jax import evaluate
+from patchwave_jax.data import quantisers
 from patchwave_jax.data.index import Recording, SourceFile, open_split
 from patchwave_jax.data.windows import Clip
 from patchwave_jax.errors import EXIT_CODE, UserError
-from patchwave_jax.mesh import make_mesh
-from patchwave_jax.step import make_model
-from patchwave_jax.tally import LN2, Tally, bootstrap
+from patchwave_jax.evaluation import measure, nll, protocol, reference
+from patchwave_jax.evaluation.nll import LN2, NllAccumulator, bootstrap
+from patchwave_jax.runtime.mesh import make_mesh
+from patchwave_jax.training.step import make_model
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_batches():
     """Otherwise most of a batch were padding here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sliding, "BATCH_SAMPLES", 500)
+        patch.setattr(protocol, "BATCH_SAMPLES", 500)
         yield
 
 
@@ -64,14 +66,14 @@ def test_the_interval_covers_the_truth_at_its_rate_over_recordings():
 def test_the_interval_covers_the_truth_at_its_rate_over_blocks(monkeypatch):
     """One recording whose surprise wanders over seconds; resampling samples would cover a tenth."""
     rate, memory = 100, 0.99  # a correlation time of 1 s
-    monkeypatch.setattr(tally, "SAMPLE_RATE", rate)
+    monkeypatch.setattr(nll, "SAMPLE_RATE", rate)
     samples = 300 * rate
     recording, clip = Recording("long", (SourceFile("long", samples),)), Clip(0, "long", 0, samples)
     hits, naive, trials, table = 0, 0, 300, None
     for trial in range(trials):
         noise = np.random.default_rng(trial).normal(0, 1, 2 * samples)
         values = 1 + 0.1 * lfilter([1], [1, -memory], noise)[samples:]
-        table = Tally([recording], [clip], 1_000)
+        table = NllAccumulator([recording], [clip], 1_000)
         table.add(0, 0, np.full(samples, 1_000), -values)
         row = table.total()
         hits += row.bits_low <= 1 / LN2 <= row.bits_high
@@ -103,7 +105,7 @@ def test_a_tally_equals_sums_over_all_samples(rng):
     files = [SourceFile("a", 20_000), SourceFile("b", 30_000)]
     recordings = [Recording("one", tuple(files)), Recording("two", (SourceFile("c", 17_000),))]
     clips = [Clip(0, "a", 0, 50_000), Clip(1, "c", 1_000, 16_000)]
-    table, longest = Tally(recordings, clips, 5_000), 5_000
+    table, longest = NllAccumulator(recordings, clips, 5_000), 5_000
     samples = []
     for clip, first, end in (
         (1, 8_000, 16_000),
@@ -150,11 +152,11 @@ def test_a_tally_equals_sums_over_all_samples(rng):
 def test_the_published_protocol(data_dir, tmp_path, quantiser):
     """Whole clips from the start of each file, each with its own scaling, context from nothing."""
     config = make_config(data_dir, quantiser=quantiser)
-    evaluator, params, _ = sliding.load(make_run(tmp_path, config))
+    evaluator, params, _ = protocol.load(make_run(tmp_path, config))
     split = open_split(data_dir, "audio_folder", "train")
     length = PATCHES * SIZE
-    protocol = {"clip_samples": length, "drop_last": True, "stride_patches": PATCHES}
-    result = measure.evaluate_split(evaluator, params, split, **protocol)
+    how = {"clip_samples": length, "drop_last": True, "stride_patches": PATCHES}
+    result = measure.evaluate_split(evaluator, params, split, **how)
 
     chosen = []
     for recording, files in enumerate(r.files for r in split.recordings):
@@ -178,7 +180,7 @@ def test_any_mesh_gives_the_same_result(run, data_dir):
     one = make_mesh(devices=jax.devices()[:1])
     results = []
     for mesh in (one, make_mesh()):
-        evaluator, params, _ = sliding.load(run, mesh=mesh)
+        evaluator, params, _ = protocol.load(run, mesh=mesh)
         results.append(measure.evaluate_split(evaluator, params, split, stride_patches=2))
     assert results[0].targets == results[1].targets
     assert results[0].nll_nats == pytest.approx(results[1].nll_nats, rel=1e-6)
@@ -187,16 +189,16 @@ def test_any_mesh_gives_the_same_result(run, data_dir):
 
 def test_what_a_short_context_costs_is_measured_on_the_same_targets(run, data_dir):
     """The difference of two evaluations, sample by sample."""
-    evaluator, params, _ = sliding.load(run)
+    evaluator, params, _ = protocol.load(run)
     config = evaluator.config
     split = open_split(data_dir, "audio_folder", "test")
     growing = measure.choose_targets(config, split, stride_patches=PATCHES)
-    table = measure.measure_shortage(evaluator, params, growing)
+    table = measure.context_gain(evaluator, params, growing)
     assert table is not None
     codes, log_probs = growing.codes(0), {}
     for stride in (PATCHES, PATCHES // 2):
         log_probs[stride] = np.empty(codes.size)
-        windows = sliding.plan([codes.size], config, stride)
+        windows = protocol.plan([codes.size], config, stride)
         for window, values, _ in evaluator.score(params, lambda _: codes, windows):
             log_probs[stride][window.first : window.end] = values
     whole = PATCHES * SIZE
@@ -212,7 +214,7 @@ def test_what_a_short_context_costs_is_measured_on_the_same_targets(run, data_di
     assert abs(least.nll_nats) > 1e-4
 
 
-# Yardsticks.
+# ClassicalBaselines.
 
 
 @pytest.mark.parametrize("max_targets", [0, 900])
@@ -221,7 +223,7 @@ def test_yardsticks_are_measured_on_the_same_targets(data_dir, max_targets):
     split = open_split(data_dir, "audio_folder", "train")
     targets = measure.choose_targets(config, split, stride_patches=1, max_targets=max_targets)
     fitted = reference.fit(split, "mulaw")
-    table = measure.measure_yardsticks(fitted, targets)
+    table = measure.measure_classical(fitted, targets)
     for name in ("order-0", "linear-32", "block-adaptive-32"):
         whole = [
             fitted.log_probs(targets.codes(i)[:], [name])[name] for i in range(len(targets.clips))
@@ -236,7 +238,7 @@ def test_a_stretch_in_the_middle_has_all_the_history_that_yardsticks_remember():
     fitted = reference.yardsticks.fit([codes], quantisers.get("mulaw"))
     whole = fitted.log_probs(codes)
     for first, end in ((0, 50), (8_300, 9_000), (40_001, 41_003)):
-        part = measure.yardstick_log_probs(fitted, codes, first, end)
+        part = measure.classical_log_probs(fitted, codes, first, end)
         for name, values in part.items():
             np.testing.assert_allclose(values, whole[name][first:end], atol=1e-5)
 
@@ -247,13 +249,13 @@ def test_yardsticks_are_kept_and_fitted_anew_for_other_data(data_dir, tmp_path, 
     train = open_split(data_dir, "audio_folder", "train")
     targets = measure.choose_targets(config, split)
     names = ("order-0", "linear-32")
-    first = reference.yardsticks_on(targets, train, tmp_path, names)
+    first = reference.classical_on(targets, train, tmp_path, names)
     with monkeypatch.context() as patch:
         patch.setattr(reference, "fit", None)
-        patch.setattr(reference, "measure_yardsticks", None)
-        assert reference.yardsticks_on(targets, train, tmp_path, names) == first
+        patch.setattr(reference, "measure_classical", None)
+        assert reference.classical_on(targets, train, tmp_path, names) == first
     train.manifest_hash = "other"
-    assert reference.yardsticks_on(targets, train, tmp_path, ("order-0",)).keys() == {"order-0"}
+    assert reference.classical_on(targets, train, tmp_path, ("order-0",)).keys() == {"order-0"}
     (tmp_path / reference.FILENAME).write_text("{")
     with pytest.raises(UserError, match="damaged"):
         reference.fitted(tmp_path, train, "mulaw")

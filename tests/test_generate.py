@@ -15,13 +15,14 @@ import soundfile as sf
 from conftest import SMALL, random_model
 from flax import nnx
 
-from patchwave_jax import generate, prompts, quantisers
-from patchwave_jax.agreement import Agreement
+from patchwave_jax import generate
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config
-from patchwave_jax.data import audio
+from patchwave_jax.data import audio, quantisers
 from patchwave_jax.errors import UserError
-from patchwave_jax.outputs import Outputs
+from patchwave_jax.generation import prompts
+from patchwave_jax.generation.check import Consistency
+from patchwave_jax.generation.clips import Outputs
 
 CONFIG = Config(objective="dense", context_samples=240, model=SMALL)
 
@@ -262,7 +263,7 @@ def test_check_says_pass_or_fail_by_its_exit_code(
 ):
     def check(evaluator, params, codes, **_):
         np.testing.assert_array_equal(codes, quantisers.get("mulaw").encode(audio.read(tone)))
-        return Agreement(largest, largest, 10, 240, 1, 1e-3)
+        return Consistency(largest, largest, 10, 240, 1, 1e-3)
 
     monkeypatch.setattr(generate, "check", check)
     with pytest.raises(SystemExit) as caught:

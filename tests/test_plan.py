@@ -17,13 +17,14 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding
 from small_run import make_config
 
-from patchwave_jax import ahead, chips, counts, plan, recipes
-from patchwave_jax.chips import GIB
+from patchwave_jax import plan, recipes
 from patchwave_jax.config import RunConfig, TrainConfig
 from patchwave_jax.errors import UserError
-from patchwave_jax.mesh import make_mesh
-from patchwave_jax.samplernn import SampleRNNConfig
-from patchwave_jax.step import make_step
+from patchwave_jax.models.samplernn import SampleRNNConfig
+from patchwave_jax.planning import aot_compile, hardware, hlo_cost
+from patchwave_jax.planning.hardware import GIB
+from patchwave_jax.runtime.mesh import make_mesh
+from patchwave_jax.training.step import make_step
 
 HAS_TPU = importlib.util.find_spec("libtpu") is not None
 HAS_CUDA = importlib.util.find_spec("jax_cuda12_plugin") is not None
@@ -54,7 +55,7 @@ def test_convolutions_and_their_gradients_count_as_by_xla(case):
     for function in (forward, backward):
         program = compiled(function, *shapes)
         costs = program.cost_analysis()
-        assert counts.count(program.as_text()).flops == pytest.approx(costs["flops"], rel=0.01)
+        assert hlo_cost.count(program.as_text()).flops == pytest.approx(costs["flops"], rel=0.01)
 
 
 def test_a_loop_counts_as_often_as_it_runs():
@@ -64,7 +65,7 @@ def test_a_loop_counts_as_often_as_it_runs():
     def inner(a, b):
         return lax.fori_loop(3, 8, lambda _, x: looped(x, b), a)
 
-    found = counts.count(compiled(inner, (30, 40), (40, 40)).as_text())
+    found = hlo_cost.count(compiled(inner, (30, 40), (40, 40)).as_text())
     assert found.flops == 5 * 7 * 2 * 30 * 40 * 40
     assert found.unknown_loops == 0
 
@@ -73,7 +74,7 @@ def test_a_loop_of_unknown_length_is_told():
     def until(a):
         return lax.while_loop(lambda x: x.sum() < 5, lambda x: x @ x, a)
 
-    found = counts.count(compiled(until, (20, 20)).as_text())
+    found = hlo_cost.count(compiled(until, (20, 20)).as_text())
     assert (found.unknown_loops, found.flops) == (1, 2 * 20**3)
 
 
@@ -81,7 +82,7 @@ def test_bytes_of_a_slice_in_a_loop_are_not_those_of_the_whole():
     def total(x):
         return lax.scan(lambda t, row: (t + jnp.tanh(row), None), jnp.zeros(1000), x)[0]
 
-    found = counts.count(compiled(total, (500, 1000)).as_text())
+    found = hlo_cost.count(compiled(total, (500, 1000)).as_text())
     assert 4 * 500 * 1000 < found.bytes < 8 * 4 * 500 * 1000
 
 
@@ -95,7 +96,7 @@ def test_collectives_with_their_groups_bytes_and_times():
     rows = P("data")
     function = jax.shard_map(own, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     x = jax.ShapeDtypeStruct((16, 4, 5), jnp.float32)
-    found = counts.count(jax.jit(function).lower(x).compile().as_text()).collectives
+    found = hlo_cost.count(jax.jit(function).lower(x).compile().as_text()).collectives
     told = {(c.kind, c.bytes_each, c.group): c.times for c in found}
     size = 4 * 16 * 4 * 5 // 2
     assert told == {("all-to-all", size, 4): 1, ("all-reduce", size, 2): 3}
@@ -108,9 +109,9 @@ import json, sys
 import jax, numpy as np
 sys.path[:0] = sys.argv[1:2]
 from test_plan import config_of
-from patchwave_jax.ahead import held_bytes
-from patchwave_jax.mesh import make_mesh
-from patchwave_jax.step import make_step
+from patchwave_jax.planning.aot_compile import held_bytes
+from patchwave_jax.runtime.mesh import make_mesh
+from patchwave_jax.training.step import make_step
 config = config_of(sys.argv[2])
 step = make_step(config, make_mesh(config.run.context_devices))
 state = step.init()
@@ -160,7 +161,7 @@ def test_a_plan_tells_of_the_program_that_runs(plans, name, tmp_path):
     for program in found.programs:
         dumps = list(tmp_path.glob(f"*jit_{program.name}.*after_optimizations.txt"))
         assert len(dumps) == 1
-        executed = counts.count(dumps[0].read_text())
+        executed = hlo_cost.count(dumps[0].read_text())
         assert executed.flops == program.counts.flops
         assert executed.collectives == program.counts.collectives
     accumulate, apply = found.programs
@@ -223,16 +224,18 @@ def test_samplernn_is_planned_by_the_segments_that_its_steps_read():
 @pytest.fixture
 def tiny_chip(monkeypatch):
     """A chip that holds seven rows at once, on which nothing has to be compiled."""
-    chip = dataclasses.replace(chips.CHIPS["v5e"], memory_bytes=7.5e9)
-    real = chips.machine
-    monkeypatch.setattr(chips, "machine", lambda topology: (chip, real(topology)[1]))
+    chip = dataclasses.replace(hardware.CHIPS["v5e"], memory_bytes=7.5e9)
+    real = hardware.machine
+    monkeypatch.setattr(hardware, "machine", lambda topology: (chip, real(topology)[1]))
 
     def programs(step):
         rows = step.micro_batch[0] // step.mesh.shape["data"]
-        held = 2 * ahead.held_bytes(step.abstract_state["params"])
+        held = 2 * aot_compile.held_bytes(step.abstract_state["params"])
         temporaries = int(rows * 1e9)
         return [
-            ahead.Program("accumulate", 1, 0.0, held, 0, temporaries, 0, counts.Counts(1), None)
+            aot_compile.Program(
+                "accumulate", 1, 0.0, held, 0, temporaries, 0, hlo_cost.Counts(1), None
+            )
         ]
 
     monkeypatch.setattr(plan, "compile_programs", programs)
@@ -287,23 +290,23 @@ def test_a_plan_as_json_and_as_a_table(tmp_path, capsys, monkeypatch, plans):
 )
 def test_unknown_machines(topology, told):
     with pytest.raises(UserError, match=told):
-        chips.machine(topology)
+        hardware.machine(topology)
 
 
 @pytest.mark.parametrize(("topology", "extra"), [("v5e-16", "tpu"), ("h100:8", "cuda")])
 def test_a_missing_compiler_names_the_extra(topology, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"pip install '.\[{extra}\]'"):
-        chips.machine(topology)
+        hardware.machine(topology)
 
 
 def test_roofline_of_a_program_by_hand():
-    chip = chips.CHIPS["v5e"]
-    reduce = counts.Collective("all-reduce", 200, 4, 3)
-    program = ahead.Program(
-        "x", 2, 0, 0, 0, 0, 0, counts.Counts(197e12, 819e9 / 4, (reduce,)), None
+    chip = hardware.CHIPS["v5e"]
+    reduce = hlo_cost.Collective("all-reduce", 200, 4, 3)
+    program = aot_compile.Program(
+        "x", 2, 0, 0, 0, 0, 0, hlo_cost.Counts(197e12, 819e9 / 4, (reduce,)), None
     )
-    found = ahead.roofline(chip, [program], "float32")
+    found = aot_compile.roofline(chip, [program], "float32")
     network = 2 * 3 * 2 * 200 * 3 / 4 / 200e9
     expected = {"computation": 2.0, "memory": 0.5, "network": network, "step": 2.0}
     assert found == pytest.approx(expected)
@@ -315,17 +318,17 @@ def test_roofline_of_a_program_by_hand():
     [("v5e-16", 16), ("v5p-128", 64), ("v6e-256", 256), ("v4-8", 4), ("v5e:2x4", 8), ("v6e-1", 1)],
 )
 def test_tpus_that_are_not_there(topology, count):
-    chip, devices = chips.machine(topology)
+    chip, devices = hardware.machine(topology)
     assert chip is not None
     assert len(devices) == count
     assert {d.device_kind for d in devices} == {chip.kind}
-    assert chips.usable_bytes(devices[0]) == chip.memory_bytes
+    assert hardware.usable_bytes(devices[0]) == chip.memory_bytes
 
 
 @needs_tpu
 @pytest.mark.parametrize("topology", ["v4-64", "v5e-16", "v5e-64", "v5p-128", "v6e-256"])
 def test_every_slice_can_share_rows(topology):
-    _, devices = chips.machine(topology)
+    _, devices = hardware.machine(topology)
     for context in (1, 2, 4, 8, 16):
         mesh = make_mesh(context, devices)
         assert dict(mesh.shape) == {"data": len(devices) // context, "context": context}
@@ -334,10 +337,10 @@ def test_every_slice_can_share_rows(topology):
 
 @needs_tpu
 def test_a_tpus_compiler_says_what_does_not_fit():
-    _, (device,) = chips.machine("v5e-1")
+    _, (device,) = hardware.machine("v5e-1")
     x = jax.ShapeDtypeStruct((60_000, 60_000), jnp.float32, sharding=SingleDeviceSharding(device))
-    with pytest.raises(ahead.DoesNotFitError) as caught:
-        ahead.compile_one("x", 1, jax.jit(lambda x: jnp.sin(x @ x).T @ x), x)
+    with pytest.raises(aot_compile.DoesNotFitError) as caught:
+        aot_compile.compile_one("x", 1, jax.jit(lambda x: jnp.sin(x @ x).T @ x), x)
     assert 15 * GIB < caught.value.has < 16 * GIB
     assert caught.value.needs > 2 * x.size * 4
 

@@ -10,13 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from patchwave_jax import quantisers, sliding
 from patchwave_jax.config import Config
+from patchwave_jax.data import quantisers
 from patchwave_jax.data.audio_folder.audio_folder_dataset_builder import Builder as AudioFolder
 from patchwave_jax.data.index import Recording, SourceFile
 from patchwave_jax.data.permutation import permute
 from patchwave_jax.data.windows import Windows, clips
 from patchwave_jax.data.youtube_mix.youtube_mix_dataset_builder import Builder as YoutubeMix
+from patchwave_jax.evaluation import protocol
 
 # The same examples every time: a failure here is to be had again, not to come and go.
 settings.register_profile(
@@ -125,7 +126,7 @@ def test_sliding_windows_count_every_sample_once_with_the_context_they_promise(
         Config(), model=SMALL, context_samples=patches * size, objective=objective
     )
     covered = [np.zeros(n, int) for n in lengths]
-    for window in sliding.plan(lengths, config, stride):
+    for window in protocol.plan(lengths, config, stride):
         assert 0 <= window.first < window.end <= lengths[window.clip]
         covered[window.clip][window.first : window.end] += 1
         if window.first:  # it has slid: what it shows before its targets is the promised context

@@ -16,11 +16,12 @@ import soundfile as sf
 from flax import nnx
 from small_run import PATCHES, SIZE, make_config, make_data, make_run
 
-from patchwave_jax import expected, measure, report, sliding
-from patchwave_jax.calibration import EDGES, calibrate
+from patchwave_jax import expected, report
 from patchwave_jax.data.index import open_split
 from patchwave_jax.errors import EXIT_CODE
-from patchwave_jax.step import make_model
+from patchwave_jax.evaluation import measure, protocol
+from patchwave_jax.evaluation.calibration import EDGES, calibrate
+from patchwave_jax.training.step import make_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -28,7 +29,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 @pytest.fixture(scope="module", autouse=True)
 def _small_batches():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sliding, "BATCH_SAMPLES", 500)
+        patch.setattr(protocol, "BATCH_SAMPLES", 500)
         yield
 
 
@@ -90,7 +91,7 @@ def test_the_page_needs_no_network_and_escapes_what_it_is_given(page):
 
 
 def test_the_page_holds_what_evaluation_says(page, run, data_dir):
-    evaluator, params, _ = sliding.load(run)
+    evaluator, params, _ = protocol.load(run)
     split = open_split(data_dir, "audio_folder", "train")
     result = measure.evaluate_split(evaluator, params, split, max_targets=4_000)
     text = page.read_text()
@@ -166,18 +167,18 @@ def test_bad_input_is_one_clear_line_and_nothing_is_overwritten(page, run, tmp_p
 def test_calibration_counts_what_a_loop_counts(data_dir):
     """Every code of a thinned set of targets, in bins of the probability the model states."""
     config = make_config(data_dir)
-    evaluator = sliding.Evaluator(config, sliding.make_mesh())
+    evaluator = protocol.Evaluator(config, protocol.make_mesh())
     model = make_model(config, nnx.Rngs(0))
     dense = jax.jit(lambda x: model.dense_logits(x))
     split = open_split(data_dir, "audio_folder", "test")
     targets = measure.choose_targets(config, split)
     calibration = calibrate(evaluator, nnx.state(model), targets)
     codes = targets.codes(0)[:]
-    windows = sliding.plan([codes.size], config, PATCHES)
+    windows = protocol.plan([codes.size], config, PATCHES)
     stated, cases, came = np.zeros((3, len(EDGES) - 1))
     right = count = 0
     for window in windows:
-        segment = sliding.segment(window, codes, SIZE)
+        segment = protocol.segment(window, codes, SIZE)
         logits = np.asarray(dense(segment[None]))[0].astype(np.float64)
         table = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         for t in range(window.first, window.end):

@@ -7,17 +7,18 @@ import pytest
 import soundfile as sf
 from small_run import PATCHES, SIZE, make_config, make_data, make_run, tones
 
-from patchwave_jax import measure, quantisers, score, sliding
-from patchwave_jax.data import audio
+from patchwave_jax import score
+from patchwave_jax.data import audio, quantisers
 from patchwave_jax.data.index import open_split
 from patchwave_jax.errors import EXIT_CODE
+from patchwave_jax.evaluation import measure, protocol
 from patchwave_jax.score import encoded, stream
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_batches():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sliding, "BATCH_SAMPLES", 500)
+        patch.setattr(protocol, "BATCH_SAMPLES", 500)
         yield
 
 
@@ -44,7 +45,7 @@ def test_the_sum_of_scores_is_what_evaluation_says(
     run = make_run(tmp_path / "run", make_config(data_dir, quantiser=quantiser))
     split = open_split(data_dir, "audio_folder", "test")
     files = [file.name for r in split.recordings for file in r.files]
-    evaluator, params, _ = sliding.load(run)
+    evaluator, params, _ = protocol.load(run)
     result = measure.evaluate_split(evaluator, params, split, stride_patches=stride)
     paths = [str(source / name) for name in files]
     score.main([*paths, f"--workdir={run}", f"--npz={tmp_path}", f"--stride_patches={stride}"])
@@ -72,13 +73,13 @@ def test_a_stream_has_the_windows_of_the_plan(objective, stride, rng):
     whole = PATCHES * SIZE
     for length in (1, SIZE, whole - 1, whole, whole + 1, 5 * whole + 7):
         codes = rng.integers(0, 256, length, dtype=np.uint8)
-        planned = sliding.plan([length], config, stride)
+        planned = protocol.plan([length], config, stride)
         for cut in (1, 50, 10_000):
             blocks = (codes[i : i + cut] for i in range(0, length, cut))
             streamed = list(stream(blocks, config, stride))
             assert [window for window, _ in streamed] == planned
             for window, read in streamed:
-                np.testing.assert_array_equal(read, sliding.segment(window, codes, SIZE))
+                np.testing.assert_array_equal(read, protocol.segment(window, codes, SIZE))
 
 
 def test_sashimi_scales_by_the_extremes_of_the_whole_file(tmp_path, monkeypatch):

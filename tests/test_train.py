@@ -19,15 +19,15 @@ from small_run import make_data
 
 from patchwave_jax import expected
 from patchwave_jax import train as train_module
-from patchwave_jax.ahead import held_bytes
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
 from patchwave_jax.data import manifest
 from patchwave_jax.errors import UserError
-from patchwave_jax.memory import choose_chunks
-from patchwave_jax.optimizer import make_schedule
-from patchwave_jax.step import make_step
+from patchwave_jax.planning.aot_compile import held_bytes
+from patchwave_jax.runtime.memory import choose_chunks
 from patchwave_jax.train import train
+from patchwave_jax.training.optimizer import make_schedule
+from patchwave_jax.training.step import make_step
 
 
 @pytest.fixture(scope="session")
@@ -212,7 +212,7 @@ def test_is_held_against_yardsticks_and_a_run_done_before(data_dir, tmp_path, mo
     config = small(data_dir, num_steps=2)
     _, manifest_hash = manifest.load(data_dir, "audio_folder")
     known = expected.Expected(
-        "known", "", "", manifest_hash, expected.essence(config), (1, 3), (1, 2), (9.0, 7.0), ""
+        "known", "", "", manifest_hash, expected.fingerprint(config), (1, 3), (1, 2), (9.0, 7.0), ""
     )
     monkeypatch.setattr(expected, "records", lambda: [known])
     train(config, tmp_path)

@@ -15,7 +15,7 @@ import soxr
 from absl import logging
 from jaxtyping import Int16, Int64
 
-from patchwave_jax import quantisers
+from patchwave_jax.data import quantisers
 from patchwave_jax.data.index import DamagedShardError, Split
 from patchwave_jax.data.permutation import MAX_SIZE, permute, random_bits
 from patchwave_jax.errors import UserError

@@ -4,7 +4,7 @@ import importlib
 import shlex
 import sys
 
-from patchwave_jax import distributed
+from patchwave_jax.runtime import distributed
 
 
 def main() -> None:

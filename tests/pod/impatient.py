@@ -4,7 +4,8 @@ import functools
 
 import jax
 
-from patchwave_jax import distributed, train
+from patchwave_jax import train
+from patchwave_jax.runtime import distributed
 
 if __name__ == "__main__":
     jax.distributed.initialize = functools.partial(

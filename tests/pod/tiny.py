@@ -1,9 +1,9 @@
 """A training of seconds, for several processes: imports nothing that starts JAX."""
 
-from patchwave_jax.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from patchwave_jax.config import Config, DataConfig, PatchWaveConfig, RunConfig, TrainConfig
 from patchwave_jax.config_dict import to_config_dict
+from patchwave_jax.models.samplernn import SampleRNNConfig
 from patchwave_jax.recipes import NO_DROPOUT
-from patchwave_jax.samplernn import SampleRNNConfig
 
 
 def get_config(arg: str = ""):
@@ -11,7 +11,7 @@ def get_config(arg: str = ""):
     samplernn = SampleRNNConfig(
         frame_sizes=(4, 2, 2), width=16, embedding_width=8, segment_samples=32
     )
-    ours = ModelConfig(
+    ours = PatchWaveConfig(
         patch_samples=64,
         kernel_size=5,
         filters=(8, 8),

@@ -1,0 +1,1 @@
+"""The protocol, the numbers it gives, and classical baselines."""

@@ -1,0 +1,67 @@
+"""The command line of training, which the planner shares."""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from patchwave_jax.config import Config
+from patchwave_jax.config_dict import from_config_dict
+from patchwave_jax.errors import UserError
+from patchwave_jax.runtime import profiler
+
+_CONFIGS = (
+    "configs/demo.py, laptop.py, ctx128k.py, ctx512k.py, ctx1m.py (or ctx128k.py:dense ...), "
+    "wavenet.py, samplernn.py, sashimi.py"
+)
+
+
+def parse(argv: list[str], about: str | None) -> tuple[Config, str, profiler.Steps | None]:
+    """The configuration, the working directory and the traced steps a command line asks for."""
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "A file of configs/, such as configs/ctx128k.py:dense. Its fields, listed in "
+        "patchwave_jax/config.py, are set like this: --config.train.batch_size=8.",
+        flag_values=values,
+        sys_argv=argv,
+    )
+    workdir = flags.DEFINE_string(
+        "workdir",
+        None,
+        "Where the run lives: a folder, or gs://BUCKET/DIR; default: runs/CONFIG.",
+        flag_values=values,
+    )
+    profile_steps = flags.DEFINE_string(
+        "profile_steps",
+        None,
+        "FIRST:LAST, such as 10:13: steps to trace into WORKDIR/profile, for TensorBoard or XProf.",
+        flag_values=values,
+    )
+    wants_help = flags.DEFINE_bool("help", False, "Show this.", flag_values=values)
+    try:
+        rest = values(argv)[1:]
+        tree = config.value
+        if tree is not None:
+            tree.to_dict()  # a file that can't be loaded tells it when it is asked
+    except Exception as error:  # of absl, of ml_collections, or of the file itself
+        given = [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
+        name = given[-1].split(":")[0] if given else ""
+        if isinstance(error, OSError) and not Path(name).is_file():
+            told = f"--config={name} is no file; those that come along: {_CONFIGS}"
+            raise UserError(told) from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = " ".join(lines if len(lines) < 4 else lines[-1:]) or type(error).__name__
+        raise UserError(f"--config: {told}; see --help") from error
+    if wants_help.value:
+        print(f"{about}\n{values.get_help()}")
+        sys.exit()
+    if rest:
+        raise UserError(f"unknown argument {rest[0]!r}; see --help")
+    if tree is None:
+        raise UserError(f"--config is missing; those that come along: {_CONFIGS}")
+    name = Path(values["config"].config_filename).stem  # pyright: ignore
+    steps = profiler.parse(profile_steps.value) if profile_steps.value is not None else None
+    return from_config_dict(tree), workdir.value or f"runs/{name}", steps

@@ -1,0 +1,1 @@
+"""Sampling from a model, and the clips that it leaves."""

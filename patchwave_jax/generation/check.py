@@ -1,0 +1,96 @@
+"""The proof that generation is right: its log-probabilities against those of the evaluation."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from patchwave_jax.evaluation import protocol
+from patchwave_jax.generation.recurrent import make_sampler
+from patchwave_jax.generation.sampling_params import SamplingParams
+
+CHECK_SAMPLES = 2000  # generated before and after the window slides
+TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.3}  # between two orders of the same sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Consistency:
+    """How far generation's log-probabilities are from those of the evaluation, in nats."""
+
+    largest: float
+    mean: float
+    samples: int
+    context_samples: int
+    slides: int
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.largest <= self.tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"{'pass' if self.passed else 'FAIL'}: the largest difference of log-probabilities "
+            f"between generation and evaluation is {self.largest:.2e} nats (mean {self.mean:.2e}, "
+            f"allowed {self.tolerance:g}), over {self.samples:,} samples at a context of up to "
+            f"{self.context_samples:,}, across {self.slides} slides of the window"
+        )
+
+
+def check(
+    evaluator: protocol.Evaluator,
+    params: Any,
+    prompt: UInt8[np.ndarray, " T"],
+    *,
+    seed: int = 0,
+    stride_patches: int | None = None,
+) -> Consistency:
+    """Generates across a slide of the window, and from nothing, and scores it as evaluation does.
+
+    `prompt` fills the context up to where generation begins, over and over if it is short.
+    """
+    config = evaluator.config
+    sampler = make_sampler(
+        config,
+        params,
+        evaluator.mesh,
+        num=evaluator.mesh.size,
+        knobs=SamplingParams(seed=seed),
+        stride_patches=stride_patches,
+    )
+    context, size = config.context_samples, config.patch_samples
+    before_slide = max(0, context - CHECK_SAMPLES)
+    differences, slides = [], 0
+    for first, end in ((0, min(CHECK_SAMPLES, context)), (before_slide, context + CHECK_SAMPLES)):
+        codes = np.tile(np.resize(prompt, first), (sampler.num, 1))
+        sampler.prime(codes, first)
+        pieces = []
+        while sampler.position < end:
+            pieces.append(sampler.run(end - sampler.position))
+        slides += sampler.window_start(end - 1) // (size * sampler.stride_patches)
+        log_probs = np.concatenate([piece[1] for piece in pieces], 1)
+        codes = np.concatenate([codes, *(piece[0] for piece in pieces)], 1)
+        plan = protocol.plan([end] * sampler.num, config, sampler.stride_patches)
+        windows = [_newest(window, first, size) for window in plan if window.end > first]
+        for scored in evaluator.score(params, codes.__getitem__, windows):
+            window = scored.window
+            skipped = max(0, first - window.first)
+            made = log_probs[window.clip, window.first + skipped - first : window.end - first]
+            differences.append(np.abs(scored.log_probs[skipped:] - made))
+    found = np.concatenate(differences)
+    return Consistency(
+        largest=float(found.max()),
+        mean=float(found.mean()),
+        samples=found.size,
+        context_samples=context,
+        slides=slides,
+        tolerance=TOLERANCE_NATS[config.model.compute_dtype],
+    )
+
+
+def _newest(window: protocol.Window, first: int, size: int) -> protocol.Window:
+    """The part of a window that scores its samples from `first` on, in whole patches."""
+    end = window.first + window.newest * size
+    newest = min(window.newest, -(-(end - first) // size))
+    return window._replace(first=end - newest * size, newest=newest)

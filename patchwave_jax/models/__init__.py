@@ -1,0 +1,1 @@
+"""Networks behind one contract (`base`), and what they share."""

@@ -1,0 +1,1 @@
+"""The patch model of the paper, and ours."""

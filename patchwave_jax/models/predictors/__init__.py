@@ -1,0 +1,1 @@
+"""Linear predictors of the waveform, fitted to the context itself."""

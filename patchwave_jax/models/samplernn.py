@@ -1,0 +1,291 @@
+"""SampleRNN (Mehri et al. 2017) as SaShiMi's authors compare with it: 3 tiers, 35.03M parameters.
+
+A tier of frames of `n` samples reads the `n` samples before each frame (as numbers of up to +-2)
+and what the slower tier says of the frame, runs a GRU over the frames, and tells the next faster
+tier of each of its frames within. The fastest tier tells a perceptron of every sample, which also
+sees the embedded codes of the newest samples. Weights are normalised but for GRU and embedding.
+
+A clip is read in segments: `segment` takes the state of the samples before, so that training stops
+gradients where segments meet (truncated backpropagation) and memory does not grow with the clip.
+
+Dimensions: `B` batch, `T` samples, `S` frames, `H` width, `k` frames of the next faster tier (or
+samples) in a frame, `L` samples that the slowest tier reads.
+"""
+
+import dataclasses
+import itertools
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Float32, UInt8
+
+from patchwave_jax.data.quantisers import NUM_CODES, SILENCE
+from patchwave_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRNNConfig:
+    """The defaults are those of the published comparison."""
+
+    kind: str = "samplernn"
+    frame_sizes: tuple[int, ...] = (8, 2, 2)  # the fastest tier's in samples, then in frames
+    width: int = 1024
+    embedding_width: int = 256
+    segment_samples: int = 1024  # that gradients flow through
+    compute_dtype: str = "float32"  # or 'bfloat16'; parameters, GRU states and logits: float32
+
+    @property
+    def frame_samples(self) -> tuple[int, ...]:
+        """Samples of a frame of each tier."""
+        return tuple(itertools.accumulate(self.frame_sizes, operator.mul))
+
+    @property
+    def lookback(self) -> int:
+        """Samples that the slowest tier reads."""
+        return self.frame_samples[-1]
+
+    def check(self, context_samples: int) -> None:
+        """Raises `UserError` if frames, segments and windows of `context_samples` do not fit."""
+        segment = self.segment_samples
+        if not self.frame_sizes:
+            raise UserError("config.model.frame_sizes must name a tier, such as '(8, 2, 2)'")
+        if segment % self.lookback:
+            raise UserError(
+                f"config.model.segment_samples {segment} is not a multiple of {self.lookback}, the "
+                f"frame of the slowest tier that config.model.frame_sizes {self.frame_sizes} give"
+            )
+        if context_samples % (2 * segment):
+            raise UserError(
+                f"config.context_samples {context_samples} is not a multiple of {2 * segment}, two "
+                "segments of config.model.segment_samples"
+            )
+
+
+def loudness() -> Float32[np.ndarray, "256"]:
+    """What the tiers read of a code: twice its level of mu-law, at the lower edge of its bin.
+
+    As in the published code, for every quantiser.
+    """
+    level = np.arange(NUM_CODES) / 128 - 1
+    return (2 * np.sign(level) * (256.0 ** np.abs(level) - 1) / 255).astype(np.float32)
+
+
+class WeightNorm(nnx.Module):
+    """A matrix whose directions and lengths are learned apart (Salimans and Kingma 2016).
+
+    `scale` has one length for each place of the axis `kept`.
+    """
+
+    def __init__(self, shape: tuple[int, ...], kept: int, fan_in: int, *, rngs: nnx.Rngs):
+        self.kept = kept
+        bound = (3 / fan_in) ** 0.5
+        direction = jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)
+        self.direction = nnx.Param(direction)
+        self.scale = nnx.Param(jnp.sqrt(self._squares()))
+
+    def _squares(self) -> Array:
+        others = tuple(i for i in range(self.direction[...].ndim) if i != self.kept)
+        return jnp.square(self.direction[...]).sum(others)
+
+    def __call__(self) -> Float32[Array, "..."]:
+        ratio = self.scale[...] / jnp.sqrt(self._squares())
+        shape = [-1 if i == self.kept else 1 for i in range(self.direction[...].ndim)]
+        return self.direction[...] * ratio.reshape(shape)
+
+
+class Tier(nnx.Module):
+    """A frame-level tier: a GRU whose initial state is learned."""
+
+    def __init__(self, config: SampleRNNConfig, tier: int, *, rngs: nnx.Rngs):
+        width, self.frames = config.width, config.frame_sizes[tier]
+        samples = config.frame_samples[tier]
+        self.expand = WeightNorm((samples, width), 1, samples, rngs=rngs)
+        self.expand_bias = nnx.Param(jnp.zeros(width))
+        gates = (width, 3 * width)  # reset, update, new
+        draw = jax.nn.initializers.lecun_uniform()
+        self.input_kernel = nnx.Param(draw(rngs.params(), gates))
+        self.state_kernel = nnx.Param(draw(rngs.params(), gates))
+        self.input_bias = nnx.Param(jnp.zeros(3 * width))
+        self.state_bias = nnx.Param(jnp.zeros(3 * width))
+        self.initial = nnx.Param(jnp.zeros(width))
+        self.upsampling = WeightNorm((width, self.frames, width), 0, width, rngs=rngs)
+        self.upsampling_bias = nnx.Param(jnp.zeros((self.frames, width)))
+
+    def prepare(self, dtype: Any) -> dict[str, Array]:
+        """The weights as they are computed with."""
+        weights = {
+            "expand": self.expand(),
+            "input": self.input_kernel[...],
+            "state": self.state_kernel[...],
+            "upsampling": self.upsampling(),
+        }
+        biases = {
+            "expand_bias": self.expand_bias[...],
+            "input_bias": self.input_bias[...],
+            "state_bias": self.state_bias[...],
+            "upsampling_bias": self.upsampling_bias[...],
+        }
+        return {name: x.astype(dtype) for name, x in weights.items()} | biases
+
+
+def read_frames(
+    weights: dict[str, Array],
+    samples: Float32[Array, "B S n"],
+    told: Float[Array, "B S H"] | None,
+    hidden: Float32[Array, "B H"],
+) -> tuple[Float32[Array, "B H"], Float32[Array, "B S k H"]]:
+    """A tier over `S` frames: its state after them, and what it tells the next faster one."""
+    dtype = weights["input"].dtype
+
+    def product(x: Array, name: str) -> Array:
+        kernel = weights[name]
+        return jnp.tensordot(x.astype(dtype), kernel, 1, preferred_element_type=jnp.float32)
+
+    inputs = product(samples, "expand") + weights["expand_bias"]
+    if told is not None:
+        inputs = inputs + told
+    gates = product(inputs, "input") + weights["input_bias"]
+
+    def advance(hidden: Array, gates: Array) -> tuple[Array, Array]:
+        own = product(hidden, "state") + weights["state_bias"]
+        reset, update = jnp.split(jax.nn.sigmoid((gates + own)[:, : -hidden.shape[1]]), 2, -1)
+        new = jnp.tanh(gates[:, -hidden.shape[1] :] + reset * own[:, -hidden.shape[1] :])
+        hidden = (1 - update) * new + update * hidden
+        return hidden, hidden
+
+    hidden, states = lax.scan(advance, hidden, gates.swapaxes(0, 1))
+    told = product(states.swapaxes(0, 1), "upsampling") + weights["upsampling_bias"]
+    return hidden, told
+
+
+class Carry(NamedTuple):
+    """What is known of `B` streams where a segment begins."""
+
+    codes: UInt8[Array, "B L"]  # the newest samples
+    hidden: list[Float32[Array, "B H"]]  # of the tiers, the fastest first
+
+
+class State(NamedTuple):
+    """What is known of `B` streams before a sample."""
+
+    carry: Carry
+    told: list[Float32[Array, "B k H"]]  # what each tier said of its present frame
+
+
+class SampleRNN(nnx.Module):
+    """The whole network."""
+
+    def __init__(self, config: SampleRNNConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, depth = config.width, config.embedding_width
+        self.tiers = nnx.List([Tier(config, i, rngs=rngs) for i in range(len(config.frame_sizes))])
+        self.embedding = nnx.Embed(NUM_CODES, depth, rngs=rngs)
+        newest = config.frame_sizes[0]
+        self.input = WeightNorm((newest, depth, width), 2, newest * depth, rngs=rngs)
+        self.hidden = WeightNorm((width, width), 1, width, rngs=rngs)
+        self.hidden_bias = nnx.Param(jnp.zeros(width))
+        self.output = WeightNorm((width, NUM_CODES), 1, width, rngs=rngs)
+        self.output_bias = nnx.Param(jnp.zeros(NUM_CODES))
+
+    def prepare(self) -> dict[str, Any]:
+        """All weights as they are computed with, made once where steps run in a loop.
+
+        The perceptron's first layer becomes a table: what a code adds, at each place.
+        """
+        dtype = jnp.dtype(self.config.compute_dtype)
+        embedding = self.embedding.embedding[...].astype(dtype)
+        table = jnp.einsum("ce,neh->nch", embedding, self.input().astype(dtype))
+        return {
+            "tiers": [tier.prepare(dtype) for tier in self.tiers],
+            "table": table,
+            "hidden": self.hidden().astype(dtype),
+            "hidden_bias": self.hidden_bias[...],
+            "output": self.output().astype(dtype),
+            "output_bias": self.output_bias[...],
+        }
+
+    def start(self, batch: int) -> Carry:
+        """Where a clip begins: silence, and the learned states."""
+        codes = jnp.full((batch, self.config.lookback), SILENCE, jnp.uint8)
+        wide = (batch, self.config.width)
+        return Carry(codes, [jnp.broadcast_to(tier.initial[...], wide) for tier in self.tiers])
+
+    def logits(self, codes: UInt8[Array, "B T"]) -> Float32[Array, "B T 256"]:
+        """Logits of every sample of clips that begin here; `T` is a number of whole frames."""
+        return self.segment(self.prepare(), codes, self.start(codes.shape[0]))[0]
+
+    def segment(
+        self, prepared: dict[str, Any], codes: UInt8[Array, "B T"], carry: Carry
+    ) -> tuple[Float32[Array, "B T 256"], Carry]:
+        """Logits of samples that follow those of `carry`, and what is to follow these."""
+        batch, count = codes.shape
+        known, lookback = jnp.concatenate([carry.codes, codes], 1), self.config.lookback
+        heard, told, hidden = jnp.asarray(loudness())[known], None, []
+        for samples, weights, before in reversed(
+            list(zip(self.config.frame_samples, prepared["tiers"], carry.hidden, strict=True))
+        ):
+            frames = heard[:, lookback - samples : lookback - samples + count]
+            frames = frames.reshape(batch, count // samples, samples)
+            after, told = read_frames(weights, frames, told, before)
+            told = told.reshape(batch, -1, self.config.width)
+            hidden.insert(0, after)
+        newest = self.config.frame_sizes[0]
+        begins = range(lookback - newest, lookback)
+        recent = jnp.stack([known[:, begin : begin + count] for begin in begins], -1)
+        return self._perceptron(prepared, recent, told), Carry(known[:, -lookback:], hidden)
+
+    def _perceptron(
+        self, prepared: dict[str, Any], recent: UInt8[Array, "*shape n"], told: Any
+    ) -> Float32[Array, "*shape 256"]:
+        """Logits from the newest codes, the oldest first, and what the fastest tier says."""
+        table = prepared["table"]
+        seen = sum(table[i][recent[..., i]].astype(jnp.float32) for i in range(recent.shape[-1]))
+        x = jax.nn.relu(seen + told)
+        for name in ("hidden", "output"):
+            kernel = prepared[name]
+            x = jnp.dot(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+            x = x + prepared[f"{name}_bias"]
+            x = jax.nn.relu(x) if name == "hidden" else x
+        return x
+
+    # One sample at a time.
+
+    def empty(self, batch: int) -> State:
+        """The state before a clip."""
+        frames = self.config.frame_sizes
+        told = [jnp.zeros((batch, count, self.config.width)) for count in frames]
+        return State(self.start(batch), told)
+
+    def step(
+        self, prepared: dict[str, Any], state: State, previous: UInt8[Array, " B"], index: Array
+    ) -> tuple[State, Float32[Array, "B 256"]]:
+        """Logits of sample `index` of the clip, whose predecessor is `previous`.
+
+        A tier takes its turn where one of its frames begins.
+        """
+        (codes, hidden), told = state.carry, list(state.told)
+        hidden, lookback = list(hidden), self.config.lookback
+        codes = jnp.concatenate([codes[:, 1:], previous[:, None]], 1)
+        heard, slower = jnp.asarray(loudness())[codes], None
+        for i in reversed(range(len(told))):
+            samples, weights = self.config.frame_samples[i], prepared["tiers"][i]
+
+            def turn(samples=samples, weights=weights, i=i, slower=slower):
+                frames = heard[:, None, lookback - samples :]
+                above = None if slower is None else slower[:, None]
+                after, said = read_frames(weights, frames, above, hidden[i])
+                return after, said[:, 0]
+
+            def wait(i=i):
+                return hidden[i], told[i]
+
+            hidden[i], told[i] = lax.cond(index % samples == 0, turn, wait)
+            each = samples // self.config.frame_sizes[i]  # samples that one thing told is of
+            slower = lax.dynamic_index_in_dim(told[i], index % samples // each, 1, keepdims=False)
+        recent = codes[:, lookback - self.config.frame_sizes[0] :]
+        return State(Carry(codes, hidden), told), self._perceptron(prepared, recent, slower)

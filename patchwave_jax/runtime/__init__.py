@@ -1,0 +1,1 @@
+"""Devices, processes, directories, signals."""

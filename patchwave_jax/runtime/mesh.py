@@ -1,0 +1,85 @@
+"""The mesh of devices, and how arrays lie on it.
+
+It has the axis `data`, over which a batch's rows are split, and may have `context`, whose devices
+share each row (see `patchwave_jax.models.context_parallel`). Parameters are replicated, or split
+over all devices.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental.mesh_utils import create_device_mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from patchwave_jax.config import Config
+from patchwave_jax.errors import UserError
+from patchwave_jax.models.context_parallel import AXIS, Shards
+
+
+def make_mesh(context_devices: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices (or `devices`), `context_devices` of them for each row.
+
+    Raises:
+      UserError: if that does not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if count % context_devices:
+        raise UserError(
+            f"config.run.context_devices {context_devices} does not divide the {count} devices"
+        )
+    # `jax.make_mesh` splits an axis of chips on v5e only: 16 x 16 of a v6e-256 not into 64 x 4.
+    grid = create_device_mesh(
+        (count // context_devices, context_devices), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, ("data", AXIS), axis_types=(AxisType.Auto,) * 2)
+
+
+def context_shards(config: Config, mesh: Mesh) -> Shards | None:
+    """How the devices along `context` share a row; None where one has it for itself.
+
+    Raises:
+      UserError: if they can't share it evenly.
+    """
+    count = mesh.shape.get(AXIS, 1)
+    if count == 1:
+        return None
+    if config.is_baseline or config.objective != "dense":
+        raise UserError(
+            f"config.run.context_devices is {count}, but only the windows of the patch model with "
+            "config.objective='dense' are shared; set it to 1"
+        )
+    phases = config.patch_model.patch_samples // config.train.hop
+    for what, total in (
+        (f"{config.patches} patches", config.patches),
+        (f"{phases} phases", phases),
+    ):
+        if total % count:
+            raise UserError(
+                f"config.run.context_devices {count} does not divide the {what} of a row"
+            )
+    return Shards(count)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def by_longest_axis(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Split over all devices along the longest axis that they divide, or replicated if none is."""
+    divided = [axis for axis, size in enumerate(shape) if size % mesh.size == 0]
+    if not divided:
+        return replicated(mesh)
+    axis = max(divided, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
+
+
+def one_device(mesh: Mesh) -> Any:
+    """One whose memory can be asked for: of this process, where it has any."""
+    devices, own = list(mesh.devices.flat), jax.process_index()
+    return next((device for device in devices if device.process_index == own), devices[0])

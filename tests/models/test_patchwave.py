@@ -1,0 +1,263 @@
+"""The model: its size, its two forms against each other, causality, and what it sees."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ADAPTIVE, OTHER_PATCH, OURS, SMALL, random_codes, random_model, smooth_codes
+from flax import nnx
+
+from patchwave_jax.config import PatchWaveConfig
+from patchwave_jax.data.quantisers import SILENCE
+from patchwave_jax.models.patchwave.model import PatchWave
+from patchwave_jax.models.patchwave.transformer import QUERY_BLOCK, Attention, positions
+
+LARGE_PATCH = dataclasses.replace(
+    SMALL,
+    patch_samples=2000,
+    kernel_size=7,
+    strides=(2, 3, 2, 3, 2),
+    filters=(8, 8, 8, 8, 4),
+    skip_connections=True,
+)
+
+
+def test_the_papers_size():
+    model = nnx.eval_shape(
+        lambda: PatchWave(PatchWaveConfig(), causal=False, quantiser="mulaw", rngs=nnx.Rngs(0))
+    )
+    total = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+    # By hand: encoder 932,512; three blocks of 593,920; head 394,496; final norm 256.
+    assert total == 932_512 + 3 * 593_920 + 394_496 + 256 == 3_109_024
+    assert (PatchWaveConfig().receptive_field, PatchWaveConfig().final_frames) == (1999, 24)
+
+
+@pytest.mark.parametrize("config", [SMALL, OURS, OTHER_PATCH], ids=["paper", "ours", "other-patch"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_dense_form_equals_patch_form(config, causal):
+    """Every target of a segment, in logits, for hops finer and coarser than the strides."""
+    model, size, patches = random_model(config, causal=causal), config.patch_samples, 3
+    segment = random_codes(2, (patches + 1) * size)
+
+    @jax.jit
+    def patch_form(windows):
+        return jax.nn.log_softmax(model.next_sample_logits(windows))
+
+    expected = np.empty((2, patches * size, 256), np.float32)
+    for token in range(1, patches + 1):
+        ends = range(token * size, (token + 1) * size)
+        windows = np.stack([segment[:, end - token * size : end] for end in ends], 1)
+        if not causal:  # a bidirectional model always has all its tokens; what is missing is silent
+            fill = np.full((2, size, (patches - token) * size), SILENCE, np.uint8)
+            windows = np.concatenate([fill, windows], 2)
+        logits = patch_form(windows.reshape(2 * size, -1))
+        expected[:, (token - 1) * size : token * size] = logits.reshape(2, size, 256)
+
+    dense_logits = jax.jit(model.dense_logits, static_argnums=1)
+    for hop in (h for h in (1, 4, size) if size % h == 0):
+        dense = jax.nn.log_softmax(dense_logits(segment, hop))
+        np.testing.assert_allclose(
+            dense, expected[:, ::hop], rtol=1e-5, atol=2e-5, err_msg=f"hop {hop}"
+        )
+
+
+def test_dense_form_equals_patch_form_with_adaptive_predictors():
+    """The newest patch of targets, whose windows hold all that the predictors reach for."""
+    model, size, patches = random_model(ADAPTIVE, causal=True), ADAPTIVE.patch_samples, 5
+    segment = smooth_codes(2, (patches + 1) * size)
+    patch_form = jax.jit(model.next_sample_logits, static_argnums=1)
+    assert patches * size >= model.predictors.lookback + 19
+    expected = {
+        phase: jax.nn.log_softmax(patch_form(segment[:, phase:][:, : patches * size], phase % 20))
+        for phase in (0, 1, 20, 27, 39)
+    }
+    for hop in (1, 4):
+        dense = jax.nn.log_softmax(jax.jit(model.dense_logits, static_argnums=1)(segment, hop))
+        newest = dense[:, dense.shape[1] - size // hop :]
+        for phase, logits in expected.items():
+            if phase % hop == 0:
+                np.testing.assert_allclose(newest[:, phase // hop], logits, rtol=1e-4, atol=1e-3)
+
+
+def test_dense_form_equals_patch_form_at_the_papers_patch():
+    model = random_model(LARGE_PATCH, causal=True)
+    segment = random_codes(1, 4 * 2000)
+    dense_logits = jax.jit(model.dense_logits, static_argnums=1)
+    patch_form = jax.jit(model.next_sample_logits)
+    for hop in (1, 8):
+        dense = jax.nn.log_softmax(dense_logits(segment, hop))
+        for index in (0, 1, 2000 // hop, dense.shape[1] - 1):
+            end = 2000 + index * hop
+            window = segment[:, end % 2000 : end]
+            expected = jax.nn.log_softmax(patch_form(window))
+            np.testing.assert_allclose(dense[:, index], expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("config", [SMALL, OURS], ids=["paper", "ours"])
+def test_log_probs_and_chunks_equal_logits(config):
+    model, size = random_model(config, causal=True), config.patch_samples
+    segment = random_codes(2, 5 * size)
+    logits = jax.nn.log_softmax(jax.jit(model.dense_logits, static_argnums=1)(segment, 2))
+    expected = np.take_along_axis(np.asarray(logits), segment[:, size::2, None].astype(int), -1)
+    for kwargs in ({}, {"phase_chunk": 6}, {"chunk_patches": 2}, {"newest": 3, "phase_chunk": 15}):
+        got = jax.jit(partial(model.dense_log_prob, hop=2, **kwargs))(segment)
+        wanted = expected[:, -got.shape[1] :, 0]
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-5, err_msg=str(kwargs))
+        assert got.shape[1] == kwargs.get("newest", 4) * size // 2
+
+
+def test_chunks_leave_the_gradient_as_it_is():
+    model = random_model(OURS, causal=True)
+    graphdef, params = nnx.split(model)
+    segment = random_codes(2, 5 * OURS.patch_samples)
+
+    def plain(params):
+        nats = -nnx.merge(graphdef, params).dense_log_prob(segment)
+        return nats.mean(), nats.mean(1)
+
+    def loss(params, **kwargs):
+        return nnx.merge(graphdef, params).dense_nats(segment, **kwargs)
+
+    of = partial(jax.value_and_grad, has_aux=True)
+    whole = jax.jit(of(plain))(params)
+    pieces = jax.jit(of(partial(loss, phase_chunk=20, chunk_patches=1)))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, pieces)
+
+
+@pytest.mark.parametrize("config", [SMALL, OURS], ids=["paper", "ours"])
+def test_last_objective_equals_logits(config):
+    model = random_model(config, causal=False)
+    codes = random_codes(3, 2 * config.patch_samples + 1)
+    logits = jax.nn.log_softmax(jax.jit(model.next_sample_logits)(codes[:, :-1]))
+    expected = np.asarray(logits)[np.arange(3), codes[:, -1]]
+    np.testing.assert_allclose(
+        jax.jit(model.next_sample_log_prob)(codes), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_predictions_on_a_tpu_are_made_of_full_precision_products():
+    """Not of its default, one pass in bfloat16, nor of its library's Fourier transforms."""
+    model = random_model(ADAPTIVE, causal=True)
+    first = model.predictors.lookback
+    predict = jax.jit(lambda codes: model._predict(codes, first))
+    traced = predict.trace(random_codes(1, first + 2 * ADAPTIVE.patch_samples))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) > 8
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+    assert "stablehlo.fft" not in text
+
+
+def test_dense_form_is_causal_by_gradient():
+    """No logit for sample e depends on sample e or a later one."""
+    model, size = random_model(SMALL, causal=True), SMALL.patch_samples
+    codes = random_codes(1, 4 * size)
+    values = model.encoder.inputs(codes)
+    encoder = type(model.encoder)
+    targets = [0, 1, size - 1, size, 2 * size + 7, 3 * size - 1]
+
+    def logit(values, index):
+        # The encoder of a segment leaves out the newest `hop` samples: no target comes after them.
+        inputs = lambda self, c: values[:, values.shape[1] - 1 - c.shape[1] : -1]  # noqa: E731
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encoder, "inputs", inputs)
+            return model.dense_logits(codes)[0, index] @ jnp.arange(256.0)
+
+    gradient_of = jax.jit(jax.grad(logit))
+    for index in targets:
+        gradient = np.abs(gradient_of(values, index)[0, :, 0])
+        end = size + index
+        assert gradient[end:].max() == 0
+        seen = gradient[end - SMALL.receptive_field : end]
+        assert (seen > 0).mean() > 0.9  # ReLU may hide a few
+
+
+def test_patch_form_sees_all_of_the_window_but_what_its_receptive_field_leaves_out():
+    config = LARGE_PATCH
+    model = random_model(config, causal=False)
+    codes = random_codes(1, 3 * 2000)
+    values = model.encoder.inputs(codes).reshape(3, 1, 2000, 1)
+
+    def logit(values):
+        tokens = [_encode(model, values[i]) for i in range(3)]
+        states = model.transform(jnp.concatenate([t for t, _ in tokens], 1))
+        return model.head.logits(model.hidden(states[:, -1], tokens[-1][1][:, 0], None), None)[0, 7]
+
+    def _encode(model, patch):
+        inputs = lambda self, c: patch[:, -c.shape[1] :]  # noqa: E731
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(type(model.encoder), "inputs", inputs)
+            return model.encoder(codes[:, :2000], 0, 1)
+
+    gradient = np.abs(jax.jit(jax.grad(logit))(values)).reshape(3, 2000)
+    assert (gradient[:, 0] == 0).all()  # 1999 of the 2000 samples, the oldest is not seen
+    assert (gradient[:, 1:] > 0).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_folded_attention_equals_the_plain_form(causal):
+    """Values and gradients, biases included, over more tokens than one block of queries has."""
+    count = 2 * QUERY_BLOCK + 7
+    config = dataclasses.replace(SMALL, head_size=12)
+    attention = Attention(config, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(attention)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), params)
+    x = jnp.asarray(rng.normal(size=(3, count, 16)), jnp.float32)
+    mask = np.tril(np.ones((count, count), bool)) if causal else True
+
+    def folded(params, x):
+        return jnp.sin(nnx.merge(graphdef, params)(x, causal))
+
+    def plain(params, x):
+        a = nnx.merge(graphdef, params)
+        q, k, v = (f(x).reshape(3, count, 2, 12) for f in (a.query, a.key, a.value))
+        scores = jnp.einsum("mqhk,mshk->mhqs", q, k) / np.sqrt(12)
+        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
+        mixed = jnp.einsum("mhqs,mshk->mqhk", weights, v)
+        return jnp.sin(a.output(mixed.reshape(3, count, 24)))
+
+    np.testing.assert_allclose(folded(params, x), plain(params, x), atol=2e-5)
+    got = jax.jit(jax.grad(lambda *a: folded(*a).sum(), (0, 1)))(params, x)
+    expected = jax.jit(jax.grad(lambda *a: plain(*a).sum(), (0, 1)))(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-3), got, expected)
+
+
+def test_positions_by_hand():
+    table = positions(5, 4)
+    np.testing.assert_allclose(table[0], [0, 0, 1, 1])
+    np.testing.assert_allclose(table[3], [np.sin(3), np.sin(0.03), np.cos(3), np.cos(0.03)], 1e-6)
+
+
+def test_contexts_shorter_and_longer_than_any_trained_on():
+    model = random_model(SMALL, causal=True)
+    for patches in (1, 40):
+        logits = jax.jit(model.next_sample_logits)(random_codes(1, patches * SMALL.patch_samples))
+        assert logits.shape == (1, 256)
+        assert np.isfinite(logits).all()
+
+
+def test_dropout_drops_whole_tokens_and_is_off_without_a_key():
+    config = dataclasses.replace(SMALL, token_dropout=0.5, num_layers=0)
+    model = random_model(config, causal=True)
+    tokens = jnp.ones((64, 4, 16))
+    dropped = np.asarray(jax.jit(model.transform)(tokens, jax.random.key(0)))
+    zero = (dropped == 0).all(-1)
+    assert 0.4 < zero.mean() < 0.6
+    kept = np.asarray(jax.jit(model.transform)(tokens))[~zero]
+    np.testing.assert_allclose(dropped[~zero], 2 * kept, rtol=1e-6)
+
+
+def test_bfloat16_stays_near_float32():
+    segment = random_codes(1, 3 * OURS.patch_samples)
+    half = dataclasses.replace(OURS, compute_dtype="bfloat16")
+    models = [
+        PatchWave(config, causal=True, quantiser="mulaw", rngs=nnx.Rngs(0))
+        for config in (OURS, half)
+    ]
+    a, b = (jax.jit(model.dense_log_prob)(segment) for model in models)
+    assert b.dtype == jnp.float32
+    assert float(jnp.abs(a - b).mean() / jnp.abs(a).mean()) < 0.01
