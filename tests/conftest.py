@@ -6,10 +6,10 @@ import sys
 import tempfile
 
 # Tests compile the same programs again and again: all processes of a run share them.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="patchwave_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 # A third of the time is LLVM optimizing programs that then run for a moment.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
