@@ -22,7 +22,6 @@ from flax import nnx
 from patchwave_jax import recipes
 from patchwave_jax.config import Config
 from patchwave_jax.runtime.memory import choose_chunks
-from patchwave_jax.training.step import make_model
 
 NO_DROPOUT = {"conv_dropout": 0.0, "mlp_dropout": 0.0, "head_dropout": 0.0, "token_dropout": 0.0}
 
@@ -65,7 +64,7 @@ def main() -> None:
 
 def gradient(config: Config) -> Any:
     """The jitted gradient of one row's loss."""
-    graphdef, params = nnx.split(make_model(config, nnx.Rngs(0)))
+    graphdef, params = nnx.split(config.build_model(nnx.Rngs(0)))
     phase_chunk, chunk_patches = choose_chunks(config, 1, jax.devices()[0])
 
     def loss(params: Any, codes: jax.Array) -> jax.Array:

@@ -26,7 +26,6 @@ from patchwave_jax import recipes
 from patchwave_jax.config import Config
 from patchwave_jax.errors import exits_cleanly
 from patchwave_jax.generation.sampler import CHUNK_SAMPLES, Sampler
-from patchwave_jax.training.step import make_model
 
 MEMORY_SHARE = 0.8  # of the free memory that the streams' state may take
 
@@ -70,7 +69,7 @@ def cached(config: Config, params, num: int, seconds: float, slides: bool) -> di
         "devices": mesh.size,
     }
     if slides:
-        codes = np.random.default_rng(0).integers(0, 256, (num, sampler.reach), np.uint8)
+        codes = np.random.default_rng(0).integers(0, 256, (num, sampler.lookback), np.uint8)
         slide = 0.0
         for _ in range(2):  # the first compiles
             start = time.perf_counter()
@@ -132,7 +131,7 @@ def bare(config: Config, params, num: int) -> dict[str, object]:
 
 def naive(config: Config, params, samples: int) -> dict[str, object]:
     """Rate of one stream in the patch form."""
-    graphdef = nnx.split(nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0))))[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: config.build_model(nnx.Rngs(0))))[0]
     forward = jax.jit(lambda params, x: nnx.merge(graphdef, params).next_sample_logits(x))
     window = np.random.default_rng(0).integers(0, 256, (1, config.context_samples), np.uint8)
     forward(params, window).block_until_ready()
@@ -172,7 +171,7 @@ def main() -> None:
         config = Config(objective="dense", context_samples=context)
         if flags.dense:
             config = recipes.dense(context)
-        params = nnx.state(make_model(config, nnx.Rngs(0)))
+        params = nnx.state(config.build_model(nnx.Rngs(0)))
         found: dict[str, object] = {
             str(num): cached(config, params, num, flags.seconds, flags.slides)
             for num in flags.streams

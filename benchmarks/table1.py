@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+from patchwave_jax.generation.recurrent import make_sampler
 
 from patchwave_jax import recipes, train
 from patchwave_jax.checkpoint import Checkpoints
@@ -38,15 +39,17 @@ from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.data.windows import batches
 from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.evaluation import evaluator as evaluator_module
 from patchwave_jax.evaluation import measure, protocol
-from patchwave_jax.generation.recurrent import make_sampler
 from patchwave_jax.generation.sampler import CHUNK_SAMPLES, Sampler
+from patchwave_jax.models.base import count_parameters
 from patchwave_jax.models.samplernn import SampleRNNConfig
 from patchwave_jax.models.sashimi import SaShiMiConfig
 from patchwave_jax.models.wavenet import WaveNetConfig
 from patchwave_jax.reporting import figures
+from patchwave_jax.runtime.distributed import keep_compilations
 from patchwave_jax.runtime.mesh import make_mesh
-from patchwave_jax.training.step import Step, count_parameters, keep_compilations, make_step
+from patchwave_jax.training.step import Step, make_step
 
 SPAN_SAMPLES = 2_000  # whole patches of all systems, so that windows share their ends
 TRIAL_SECONDS = 20.0
@@ -116,7 +119,11 @@ def draw_spans(split: Split, clip_samples: int, count: int) -> Spans:
 
 
 def measure_spans(
-    evaluator: protocol.Evaluator, params: Any, split: Split, clip_samples: int, spans: Spans
+    evaluator: evaluator_module.Evaluator,
+    params: Any,
+    split: Split,
+    clip_samples: int,
+    spans: Spans,
 ) -> measure.Result:
     """The NLL of the samples in `spans`, each with the context that the model has there."""
     config = evaluator.config
@@ -202,7 +209,10 @@ def run_system(name: str, args: argparse.Namespace) -> dict[str, Any]:
     budget = args.budget_minutes * 60
     config = timed_schedule(config, round(budget / trial(config, windows)))
     peak = peak_bytes()  # of training: nothing was measured yet
-    made, evaluator = make_step(config, make_mesh()), protocol.Evaluator(config, make_mesh())
+    made, evaluator = (
+        make_step(config, make_mesh()),
+        evaluator_module.Evaluator(config, make_mesh()),
+    )
     spans = draw_spans(splits["validation"], args.clip_samples, args.validation_spans)
     curve: list[dict[str, float]] = []
     trained, done = 0.0, 0

@@ -25,14 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from patchwave_jax.planning.flops import useful_flops
 
 from patchwave_jax import recipes
 from patchwave_jax.config import Config
 from patchwave_jax.models.chunking import mean_over_chunks
-from patchwave_jax.planning.flops import useful_flops
+from patchwave_jax.runtime.distributed import keep_compilations
 from patchwave_jax.runtime.memory import choose_chunks
 from patchwave_jax.runtime.mesh import make_mesh
-from patchwave_jax.training.step import keep_compilations, make_model, make_step
+from patchwave_jax.training.step import make_step
 
 YARDSTICK = 2048
 CHUNKS = 6  # of phases, for the Transformer and the head alone
@@ -123,7 +124,7 @@ def step(config: Config, runs: int) -> dict[str, Any]:
 
 def parts(config: Config, runs: int) -> dict[str, Any]:
     """Encoder, Transformer and softmax head alone, forward and backward, on a part of a row."""
-    model = make_model(config, nnx.Rngs(0))
+    model = config.build_model(nnx.Rngs(0))
     graphdef, params = nnx.split(model)
     patches, width = config.patches, config.patch_model.width
     chunk = choose_chunks(config, 1, jax.devices()[0])[0]

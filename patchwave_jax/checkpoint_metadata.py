@@ -8,10 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from patchwave_jax.config import MODELS, Config, PatchWaveConfig
+from patchwave_jax.config import MODELS, Config
 from patchwave_jax.config_dict import from_config_dict
 from patchwave_jax.errors import UserError
+from patchwave_jax.models.patchwave.config import PatchWaveConfig
 from patchwave_jax.runtime.distributed import fetch
+
+# Fields that older versions had, and the only value that can be restored.
+RETIRED = (("train", "hop", 1), ("run", "shard_parameters", False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +56,13 @@ def parse(stored: Any) -> Record | None:
 
 
 def _completed(stored: dict[str, Any]) -> dict[str, Any]:
-    """A configuration from before some fields were there, which have their defaults."""
-    kind = stored.get("model", {}).get("kind")
-    model = MODELS[kind]() if kind else PatchWaveConfig()
-    sections = dataclasses.asdict(dataclasses.replace(Config(), model=model))
+    """A configuration of an older version: new fields have their defaults, retired ones go."""
+    stored = {name: dict(x) if isinstance(x, dict) else x for name, x in stored.items()}
+    for section, field, usual in RETIRED:
+        if (value := stored.get(section, {}).pop(field, usual)) != usual:
+            raise ValueError(f"{section}.{field} {value!r} is of an older version")
+    kind = stored.get("model", {}).get("kind", PatchWaveConfig.kind)
+    sections = dataclasses.asdict(dataclasses.replace(Config(), model=MODELS[kind]()))
     return {
         name: {**default, **stored.get(name, {})}
         if isinstance(default, dict)

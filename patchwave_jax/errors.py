@@ -14,6 +14,12 @@ class UserError(Exception):
     """Bad input: the message names the file, field or flag and says what to do about it."""
 
 
+def require(ok: bool, field: str, what: str) -> None:
+    """Raises `UserError` about a field of the configuration unless `ok`."""
+    if not ok:
+        raise UserError(f"config.{field} {what}")
+
+
 def shown(name: object) -> str:
     """A path or other text of the user's on one line: what does not print is escaped."""
     return "".join(

@@ -29,12 +29,12 @@ from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.errors import UserError, check_output, exits_cleanly
-from patchwave_jax.evaluation import measure, protocol, reference
+from patchwave_jax.evaluation import measure, reference
+from patchwave_jax.evaluation.evaluator import load
 from patchwave_jax.evaluation.nll import MODEL, NllAccumulator
 from patchwave_jax.reporting import figures
 from patchwave_jax.runtime import distributed
 from patchwave_jax.runtime.workdir import Workdir
-from patchwave_jax.training.step import keep_compilations
 
 
 def open_splits(config: Config, data_dir: str | None, name: str) -> tuple[Split, Split]:
@@ -162,7 +162,7 @@ def measure_workdir(
     workdir: str, args: argparse.Namespace
 ) -> tuple[measure.Result, NllAccumulator, dict[str, Any]]:
     """Measures one run as the flags ask: the result, its tables, and what it is of."""
-    evaluator, params, step = protocol.load(workdir, args.step)
+    evaluator, params, step = load(workdir, args.step)
     config = evaluator.config
     check_quantiser(args.quantiser, config, workdir)
     split, train_split = open_splits(config, args.data_dir, args.split)
@@ -193,5 +193,4 @@ def measure_workdir(
 
 
 if __name__ == "__main__":
-    keep_compilations()
     distributed.run(main)

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
@@ -17,8 +18,21 @@ _CONFIGS = (
 )
 
 
-def parse(argv: list[str], about: str | None) -> tuple[Config, str, profiler.Steps | None]:
-    """The configuration, the working directory and the traced steps a command line asks for."""
+class Command(NamedTuple):
+    """What a command line asks for."""
+
+    config: Config
+    workdir: str
+    profile_steps: profiler.Steps | None
+    print_config: bool
+
+
+def parse(argv: list[str], about: str | None) -> Command:
+    """Parses the command line of training; `about` is the text of its `--help`.
+
+    Raises:
+      UserError: naming the flag or the configuration's field that is wrong.
+    """
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file(
         "config",
@@ -39,6 +53,9 @@ def parse(argv: list[str], about: str | None) -> tuple[Config, str, profiler.Ste
         None,
         "FIRST:LAST, such as 10:13: steps to trace into WORKDIR/profile, for TensorBoard or XProf.",
         flag_values=values,
+    )
+    print_config = flags.DEFINE_bool(
+        "print_config", False, "Print the configuration, and exit.", flag_values=values
     )
     wants_help = flags.DEFINE_bool("help", False, "Show this.", flag_values=values)
     try:
@@ -64,4 +81,6 @@ def parse(argv: list[str], about: str | None) -> tuple[Config, str, profiler.Ste
         raise UserError(f"--config is missing; those that come along: {_CONFIGS}")
     name = Path(values["config"].config_filename).stem  # pyright: ignore
     steps = profiler.parse(profile_steps.value) if profile_steps.value is not None else None
-    return from_config_dict(tree), workdir.value or f"runs/{name}", steps
+    return Command(
+        from_config_dict(tree), workdir.value or f"runs/{name}", steps, bool(print_config.value)
+    )

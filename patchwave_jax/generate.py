@@ -30,23 +30,21 @@ from patchwave_jax.data import audio, quantisers
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.data.remote import is_address
 from patchwave_jax.errors import UserError, exits_cleanly
-from patchwave_jax.evaluation import protocol
-from patchwave_jax.generation import recurrent
+from patchwave_jax.evaluation.evaluator import Evaluator, load
 from patchwave_jax.generation.check import check
 from patchwave_jax.generation.clips import Outputs, write_wav
 from patchwave_jax.generation.prompts import Settings, encode, open_data, read_prompts
-from patchwave_jax.generation.sampler import Streams
+from patchwave_jax.generation.sampler import Sampler
 from patchwave_jax.runtime import distributed
 from patchwave_jax.runtime.signals import stop_requested
 from patchwave_jax.runtime.workdir import as_path
-from patchwave_jax.training.step import keep_compilations
 
 REPORT_SECONDS = 10.0  # between lines of progress
 
 
 def start(
-    settings: Settings, out: Path, evaluator: protocol.Evaluator, params: Any, step: int
-) -> tuple[Streams, Outputs]:
+    settings: Settings, out: Path, evaluator: Evaluator, params: Any, step: int
+) -> tuple[Sampler, Outputs]:
     """A sampler and files at the end of the prompts."""
     config = evaluator.config
     prompts = read_prompts(settings, config)
@@ -78,22 +76,22 @@ def make_mesh(num: int) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=kinds, devices=devices)
 
 
-def make_sampler(settings: Settings, evaluator: protocol.Evaluator, params: Any) -> Streams:
-    return recurrent.make_sampler(
+def make_sampler(settings: Settings, evaluator: Evaluator, params: Any) -> Sampler:
+    return Sampler(
         evaluator.config,
         params,
         evaluator.mesh,
         num=settings.num,
-        knobs=settings.knobs(),
+        sampling=settings.knobs(),
         stride_patches=settings.stride_patches,
     )
 
 
-def resume(sampler: Streams, outputs: Outputs, stopping: Callable[[], bool]) -> None:
+def resume(sampler: Sampler, outputs: Outputs, stopping: Callable[[], bool]) -> None:
     """Brings a sampler where the files end, by the computations that made them."""
     end = outputs.made
     at = sampler.rewind(end, outputs.record["prompt_samples"])
-    sampler.prime(outputs.codes(max(0, at - sampler.reach), at), at)
+    sampler.prime(outputs.codes(max(0, at - sampler.lookback), at), at)
     while sampler.position < end and not stopping():
         ahead = min(end, sampler.position + 100_000)
         given = outputs.codes(sampler.position, ahead)
@@ -102,7 +100,7 @@ def resume(sampler: Streams, outputs: Outputs, stopping: Callable[[], bool]) -> 
             sampler.run(given=given[:, sampler.position - first :])
 
 
-def generate(sampler: Streams, outputs: Outputs, total: int, stopping: Callable[[], bool]) -> None:
+def generate(sampler: Sampler, outputs: Outputs, total: int, stopping: Callable[[], bool]) -> None:
     """Goes on to `total` samples a clip, or until it is to stop."""
     begin = reported = time.monotonic()
     first, compiled = sampler.position, False
@@ -178,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         args.setdefault("num", max(1, len(args.get("prompt", []))))
         settings, step = Settings(**args), args.get("step")
     settings.check()
-    evaluator, params, step = protocol.load(settings.workdir, step, make_mesh(settings.num))
+    evaluator, params, step = load(settings.workdir, step, make_mesh(settings.num))
     if not distributed.is_first():
         return  # all processes read the checkpoint, the first makes the clips
     if checking:
@@ -219,7 +217,7 @@ def resumed_settings(outputs: Outputs, given: dict[str, Any]) -> Settings:
     return Settings(**own)
 
 
-def run_check(settings: Settings, evaluator: protocol.Evaluator, params: Any) -> bool:
+def run_check(settings: Settings, evaluator: Evaluator, params: Any) -> bool:
     """Prints whether generation and evaluation agree on this checkpoint."""
     config = evaluator.config
     if settings.prompt:
@@ -238,5 +236,4 @@ def run_check(settings: Settings, evaluator: protocol.Evaluator, params: Any) ->
 
 
 if __name__ == "__main__":
-    keep_compilations()
     distributed.run(main)

@@ -31,7 +31,6 @@ from patchwave_jax.planning.aot_compile import (
     memory_by_kind,
     roofline,
 )
-from patchwave_jax.planning.flops import useful_flops
 from patchwave_jax.planning.hardware import GIB
 from patchwave_jax.runtime.mesh import make_mesh
 from patchwave_jax.training.step import make_step
@@ -49,8 +48,8 @@ class Plan:
     mesh: dict[str, int]
     batch_size: int
     rows_at_once: int  # on each device, or each group of them that shares rows
-    phase_chunk: int
-    encode_chunk_patches: int
+    phase_chunk: int | None
+    encode_chunk_patches: int | None
     targets_per_step: int
     memory_bytes: dict[str, int]  # by kind
     has_bytes: float | None
@@ -75,7 +74,7 @@ def plan(config: Config, topology: str, name: str = "") -> Plan:
     chip, devices = hardware.machine(topology)
     step = make_step(config, make_mesh(config.run.context_devices, devices))
     programs = compile_programs(step)
-    memory, shares = memory_by_kind(step, programs), step.mesh.shape["data"]
+    memory = memory_by_kind(step, programs)
     has = chip and chip.memory_bytes * chip.usable
     if has and sum(memory.values()) > has:
         raise DoesNotFitError(sum(memory.values()), has)
@@ -84,8 +83,9 @@ def plan(config: Config, topology: str, name: str = "") -> Plan:
         for p in programs
         for c in p.counts.collectives
     ]
-    targets = config.train.batch_size * config.targets_per_row
+    targets = config.targets_per_step
     rows_each = config.train.batch_size / len(devices)
+    useful = config.model.useful_flops(config.context_samples, config.causal)
     seconds = roofline(chip, programs, config.model.compute_dtype) if chip else None
     return Plan(
         config=name,
@@ -93,13 +93,13 @@ def plan(config: Config, topology: str, name: str = "") -> Plan:
         devices=len(devices),
         mesh=dict(step.mesh.shape),
         batch_size=config.train.batch_size,
-        rows_at_once=step.micro_batch[0] // shares,
-        phase_chunk=step.chunks[0],
-        encode_chunk_patches=step.chunks[1],
+        rows_at_once=step.micro.rows_each,
+        phase_chunk=step.execution.phase_chunk,
+        encode_chunk_patches=step.execution.encode_chunk_patches,
         targets_per_step=targets,
         memory_bytes=memory,
         has_bytes=has,
-        useful_flops=None if config.is_baseline else useful_flops(config) * rows_each,
+        useful_flops=useful and useful * rows_each,
         flops=sum(p.times * p.counts.flops for p in programs),
         bytes=sum(p.times * p.counts.bytes for p in programs),
         collectives=collectives,
@@ -149,7 +149,7 @@ def remedy(config: Config) -> str:
     tries = []
     if config.train.micro_batch_size != 1:
         tries.append("--config.train.micro_batch_size=1")
-    if config.objective == "dense" and not config.is_baseline:
+    if config.model.shares_rows(config.causal):
         tries.append("smaller --config.run.phase_chunk and --config.run.encode_chunk_patches")
         tries.append(f"--config.run.context_devices={2 * config.run.context_devices}")
     if config.model.compute_dtype == "float32":
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--topology is missing: the machine to plan for, such as v5e-16")
     check_output(args.json, args.overwrite)
     given = [f"--config={args.config}"] if args.config else []
-    config, *_ = parse([sys.argv[0], *given, *rest], __doc__)
+    config = parse([sys.argv[0], *given, *rest], __doc__).config
     jax.config.update("jax_platforms", "cpu")  # no device here is wanted, only compilers
     name = " ".join([str(args.config), *(x.removeprefix("--config.") for x in rest)])
     try:

@@ -6,15 +6,15 @@ from typing import Any
 import ml_collections
 
 from patchwave_jax.config import (
-    Baseline,
     Config,
     DataConfig,
-    PatchWaveConfig,
     RunConfig,
     TrainConfig,
 )
 from patchwave_jax.config_dict import to_config_dict
 from patchwave_jax.errors import UserError
+from patchwave_jax.models.base import ModelConfig
+from patchwave_jax.models.patchwave.config import PatchWaveConfig
 
 NO_DROPOUT: Any = {
     "conv_dropout": 0.0,
@@ -56,8 +56,7 @@ def dense(context_samples: int) -> Config:
 
     A step has about a million targets, whatever the context.
     """
-    model = dataclasses.replace(
-        PatchWaveConfig(),
+    model = PatchWaveConfig(
         input="embedding",
         skip_connections=True,
         head="logistic_mixture",
@@ -86,7 +85,7 @@ def dense(context_samples: int) -> Config:
     )
 
 
-def baseline(model: Baseline, learning_rate: float, **train: Any) -> Config:
+def baseline(model: ModelConfig, learning_rate: float, **train: Any) -> Config:
     """A baseline's published setting: clips of 131,072, Adam, one window a step but for `train`."""
     return Config(
         objective="dense",

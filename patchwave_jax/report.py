@@ -22,15 +22,16 @@ from patchwave_jax.config import Config
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError, check_output, exits_cleanly
 from patchwave_jax.evaluate import open_splits
-from patchwave_jax.evaluation import measure, protocol, reference
+from patchwave_jax.evaluation import measure, reference
 from patchwave_jax.evaluation.calibration import Calibration, calibrate
+from patchwave_jax.evaluation.evaluator import load
 from patchwave_jax.evaluation.nll import LN2, MODEL, NllAccumulator
 from patchwave_jax.generation.prompts import CONTINUATION
+from patchwave_jax.models.base import count_parameters
 from patchwave_jax.reporting import figures
 from patchwave_jax.reporting.panels import context_panels, excerpts, generated, picture
 from patchwave_jax.runtime import distributed
 from patchwave_jax.runtime.workdir import Workdir, as_path, clips_of
-from patchwave_jax.training.step import count_parameters
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
@@ -81,7 +82,7 @@ def page(
     generated_dir: Path | None = None,
 ) -> str:
     """The whole report of the run at `workdir` as HTML; `folder` has its files."""
-    evaluator, params, step = protocol.load(workdir, step)
+    evaluator, params, step = load(workdir, step)
     config = evaluator.config
     split, train_split = open_splits(config, data_dir, split_name)
     targets = measure.choose_targets(
@@ -93,7 +94,7 @@ def page(
     result = measure.result(tally, targets)
     nats = {name: tally.total(name).nll_nats for name in tally.names if name != MODEL}
     grown = measure.choose_targets(
-        config, split, stride_patches=config.patches, max_targets=max_targets
+        config, split, stride_patches=config.window_units, max_targets=max_targets
     )
     growing = measure.measure(evaluator, params, grown)
     shortage = measure.context_gain(evaluator, params, grown)

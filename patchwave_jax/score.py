@@ -28,10 +28,10 @@ from patchwave_jax.config import Config
 from patchwave_jax.data import audio, quantisers
 from patchwave_jax.errors import UserError, exits_cleanly
 from patchwave_jax.evaluation import protocol
+from patchwave_jax.evaluation.evaluator import Evaluator, load
 from patchwave_jax.evaluation.nll import LN2
-from patchwave_jax.evaluation.protocol import Evaluator, Window, segment
+from patchwave_jax.evaluation.protocol import Window, segment
 from patchwave_jax.runtime import distributed
-from patchwave_jax.training.step import keep_compilations
 
 COPY_BYTES = 1 << 24
 
@@ -105,22 +105,22 @@ def stream(
 
     Holds a block and a window at a time.
     """
-    size, patches = config.patch_samples, config.patches
+    size, patches = config.window_unit, config.window_units
     codes, begin = np.empty(0, np.uint8), 0  # of the clip, from its sample `begin` on
     first, newest = 0, patches
     for block in blocks:
         codes = np.concatenate([codes, block])
         while begin + codes.size >= first + newest * size:
             window = Window(0, first, first + newest * size, patches, newest)
-            yield window, segment(window, codes, size, begin)
+            yield window, segment(window, codes, config, begin)
             first, newest = window.end, stride
-            needed = max(0, first + (stride - patches - 1) * size)
+            needed = max(0, first + (stride - patches) * size - config.history)
             codes, begin = codes[needed - begin :], needed
     if (end := begin + codes.size) > first:
-        if first == 0 and config.objective == "dense":
+        if first == 0 and config.causal:
             patches = newest = -(-end // size)
         window = Window(0, first, end, patches, newest)
-        yield window, segment(window, codes, size, begin)
+        yield window, segment(window, codes, config, begin)
 
 
 class _Sink:
@@ -217,14 +217,14 @@ def main(argv: list[str] | None = None) -> None:
     if not distributed.is_first():
         paths = [None] * len(paths)
 
-    evaluator, params, step = protocol.load(args.workdir, args.step)
+    evaluator, params, step = load(args.workdir, args.step)
     config = evaluator.config
     stride = args.stride_patches
     stride = protocol.default_stride(config) if stride is None else stride
-    protocol.plan([], config, stride)  # refuses a stride out of range
+    protocol.check_stride(stride, config)
     print(
         f"{args.workdir}, step {step}: context up to {config.context_samples:,} samples, "
-        f"stride {stride} of {config.patches} patches, quantiser {config.data.quantiser}"
+        f"stride {stride} of {config.window_units} patches, quantiser {config.data.quantiser}"
     )
     nats, samples = 0.0, 0
     for file, npz in zip(args.files, paths, strict=True):
@@ -237,5 +237,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    keep_compilations()
     distributed.run(main)

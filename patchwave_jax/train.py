@@ -1,6 +1,7 @@
 """Trains a model: `python -m patchwave_jax.train --config=configs/demo.py --workdir=DIR`.
 
 A working directory that holds checkpoints is resumed. SIGTERM and Ctrl-C save and stop.
+`--print_config` prints the configuration as it would be trained, and exits.
 """
 
 import contextlib
@@ -20,20 +21,21 @@ from flax import nnx
 
 from patchwave_jax import checkpoint_metadata, expected
 from patchwave_jax.checkpoint import Checkpoints
-from patchwave_jax.config import Config, PatchWaveConfig
+from patchwave_jax.config import Config
 from patchwave_jax.data import quantisers
 from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.data.windows import Windows, batches, clips
 from patchwave_jax.errors import UserError, exits_cleanly, names_file
-from patchwave_jax.evaluation import classical, measure, protocol, reference
+from patchwave_jax.evaluation import classical, measure, reference
+from patchwave_jax.evaluation.evaluator import Evaluator
+from patchwave_jax.evaluation.measure import Targets
+from patchwave_jax.evaluation.nll import LN2
 from patchwave_jax.flags import parse
 from patchwave_jax.generation import preview
 from patchwave_jax.generation.prompts import CONTINUATION
-from patchwave_jax.models.samplernn import SampleRNNConfig
-from patchwave_jax.models.sashimi import SaShiMiConfig
-from patchwave_jax.models.wavenet import WaveNetConfig
+from patchwave_jax.models.base import count_parameters
 from patchwave_jax.runtime import distributed, profiler
 from patchwave_jax.runtime.lock import Lock
 from patchwave_jax.runtime.mesh import make_mesh
@@ -43,21 +45,7 @@ from patchwave_jax.runtime.workdir import Workdir, clips_of
 from patchwave_jax.training.metrics_writer import MetricsWriter
 from patchwave_jax.training.nonfinite_guard import NonFiniteGuard
 from patchwave_jax.training.optimizer import make_schedule
-from patchwave_jax.training.step import (
-    LN2,
-    State,
-    Step,
-    count_parameters,
-    keep_compilations,
-    make_step,
-)
-
-PAPER_PARAMETERS: dict[type, str] = {
-    PatchWaveConfig: "3.14M",
-    WaveNetConfig: "4.24M",
-    SampleRNNConfig: "35.03M",
-    SaShiMiConfig: "4.05M with 8 layers, 3.13M with 6",
-}
+from patchwave_jax.training.step import State, Step, make_step
 
 
 def train(
@@ -70,125 +58,201 @@ def train(
 
     Raises:
       UserError: if the configuration contradicts the checkpoint's model, the data is not there,
-        the loss stays without a number, the disk is full or broken, or another process trains
-        there; the last good checkpoint is kept.
+        the loss stays non-finite, the disk is full or broken, or another process trains there; the
+        last good checkpoint is kept.
     """
-    data_dir = config.data.data_dir or default_data_dir()
-    if distributed.is_first():  # others find it, or build one of their host's
-        ensure_built(config.data.dataset, data_dir)
-    distributed.wait_for_all("data")
-    ensure_built(config.data.dataset, data_dir)
-    train_split = open_split(data_dir, config.data.dataset, "train", config.data.skip_damaged)
-    validation_split = open_split(data_dir, config.data.dataset, "validation")
-    mesh, windows = make_mesh(config.run.context_devices), make_windows(config, train_split)
-    own = distributed.own_rows(mesh, config.train.batch_size)
-    step = make_step(config, mesh)
-    evaluator = protocol.Evaluator(config, mesh)
-    targets = measure.choose_targets(config, validation_split, max_targets=config.run.eval_targets)
-    known = expected.matching(config, train_split.manifest_hash)
-    schedule, run = make_schedule(config), config.run
-    num_steps, targets_per_step = config.train.num_steps, step_targets(config)
-    paper = PAPER_PARAMETERS[type(config.model)]
-    print(
-        f"{count_parameters(step.abstract_state['params']):,} parameters (the paper: "
-        f"{paper}), objective {config.objective}, context {config.context_samples:,} "
-        f"samples, {targets_per_step:,} targets a step, {mesh.size} x "
-        f"{mesh.devices.flat[0].device_kind}"
-        + (f" in {count} processes" if (count := jax.process_count()) > 1 else ""),
-        flush=True,
-    )
-
+    train_split, validation_split = open_splits(config)
+    step = make_step(config, make_mesh(config.run.context_devices))
+    validator = Validator(config, step, train_split, validation_split)
+    print(about(config, step), flush=True)
     with (
         names_file(workdir, then=". The last good checkpoint is kept: the same command goes on"),
         Workdir(workdir) as files,
         Lock(files.folder, "--workdir") if distributed.is_first() else contextlib.nullcontext(),
         finds_nans(config.run.debug_nans),
-        Checkpoints(workdir, keep=run.keep_checkpoints) as checkpoints,
+        Checkpoints(workdir, keep=config.run.keep_checkpoints) as checkpoints,
         stop_requested(shared=jax.process_count() > 1) as stopping,
     ):
-        state, best, flat = restore_or_init(config, step, checkpoints, train_split)
-        done = int(state["step"])
+        run = restore_or_init(config, step, checkpoints, train_split)
         if distributed.is_first():
             write_config(config, files.folder)
-        data = batches(make_windows(config, train_split, own), done)
-
+        num_steps = config.train.num_steps
+        data = batches(make_windows(config, train_split, step), run.done)
         with (
-            MetricsWriter(files.folder, done, num_steps) as log,
-            StepProfiler(profile_steps, files.folder, done, num_steps) as traced,
+            MetricsWriter(files.folder, run.done, num_steps) as metrics,
+            StepProfiler(profile_steps, files.folder, run.done, num_steps) as traced,
         ):
-            watch = NonFiniteGuard(windows, files.folder, log.say)
-            clock, timed, evaluating, saving, stop = time.monotonic(), done, False, False, False
-            while done < num_steps and not exhausted(config, flat):
+            windows = make_windows(config, train_split)
+            guard = NonFiniteGuard(windows, files.folder, metrics.say)
+            pace = Pace(config, run.done)
+            while run.done < num_steps and not run.flat(config):
                 batch = next(data)
-                state, metrics = traced.run(done + 1, step.update, state, batch["codes"])
-                done += 1
-                watch.add(done, metrics, int(batch["redrawn"].sum()))
-                log.advance()
-                stop = stop or distributed.stop_agreed(done, stopping)
-                last = done == num_steps
-                evaluating |= done % run.eval_every_steps == 0 or last
-                saving |= done % run.save_every_steps == 0 or evaluating or stop
-                if done % run.log_every_steps == 0 or saving:
-                    read = watch.read()
-                    watch.require_finite(last, checkpoints.latest)
-                    seconds = (time.monotonic() - clock) / (done - timed)
-                    values = {
-                        **read,
-                        "nll_bits": read["nll_nats"] / LN2,
-                        "learning_rate": float(jax.device_get(schedule(done - 1))),
-                        "seconds_per_step": seconds,
-                        "targets_per_second": targets_per_step / seconds,
-                        "targets": done * targets_per_step,
-                    }
-                    log.write(done, "train", values)
-                    clock, timed = time.monotonic(), done
-                if watch.in_a_row:
-                    continue  # what is due waits for a finite loss: it tells that the state is good
+                run.state, measured = traced.run(
+                    run.done + 1, step.update, run.state, batch["codes"]
+                )
+                run.done += 1
+                guard.add(run.done, measured, int(batch["redrawn"].sum()))
+                metrics.advance()
+                run.find_due(config, distributed.stop_agreed(run.done, stopping))
+                if run.logging:
+                    read = guard.read()
+                    guard.require_finite(run.done == num_steps, checkpoints.latest)
+                    metrics.write(run.done, "train", pace.values(run.done, read))
+                if guard.in_a_row:
+                    continue  # what is due waits for a finite loss: it shows that the state is good
                 validation = None
-                if evaluating:  # though it is to stop: the next start could not make up for it
-                    tally = measure.measure(evaluator, step.whole(state["params"]), targets)
-                    result = measure.result(tally, targets)
-                    log.write(done, "validation", dataclasses.asdict(result))
-                    validation = result.nll_nats
-                    if distributed.is_first():
-                        yards = reference.classical_on(targets, train_split, files.folder)
-                        log.say(reference.verdict(validation, yards))
-                    distributed.wait_for_all("yardsticks")
-                    if known and (words := expected.compare(known, done, result.nll_bits)):
-                        log.say(words)
-                    improved = best is None or validation < best
-                    best = validation if improved else best
-                    flat = flat + 1 if not improved and done > config.train.decay_steps else 0
-                if saving:
-                    files.publish()  # first: what is logged reaches as far as what is saved
-                    checkpoints.save(
-                        done,
-                        state,
-                        config=config,
-                        manifest_hash=train_split.manifest_hash,
-                        best_nats=best,
-                        flat_evals=flat,
-                        validation_nats=validation,
+                if run.evaluating:  # even if it is to stop: the next start could not make up for it
+                    validation = validator.validate(run, metrics, files.folder)
+                if run.saving:
+                    files.publish()  # first: metrics then reach at least as far as checkpoints
+                    run.save(checkpoints, config, train_split, validation)
+                if run.sampling:
+                    write_samples(config, step, run, metrics, files.folder, stopping)
+                if run.saving or run.sampling:
+                    pace.restart(run.done)
+                if run.stopping:
+                    metrics.say(
+                        f"stopped by a signal; saved step {run.done}. The same command goes on."
                     )
-                sampling = run.sample_every_steps > 0 and done % run.sample_every_steps == 0
-                if sampling and not stop:
-                    params = step.whole(state["params"])
-                    if distributed.is_first():
-                        log.clips(done, preview.make(config, params, files.folder, done, stopping))
-                if saving or sampling:
-                    clock, timed = time.monotonic(), done
-                evaluating, saving = False, False
-                if stop:
-                    log.say(f"stopped by a signal; saved step {done}. The same command goes on.")
                     return False
+                run.evaluating = run.saving = False
         checkpoints.wait()
-        print(closing_words(config, workdir, done, checkpoints.best, best), flush=True)
+        print(closing_words(config, workdir, run, checkpoints.best), flush=True)
     return True
 
 
-def make_windows(config: Config, split: Split, rows: Sequence[int] | None = None) -> Windows:
-    """The training windows of `split` that `config` asks for; of `rows` of the batch, or all."""
-    data = config.data
+@dataclasses.dataclass
+class Run:
+    """Where a run stands: the training state, the stopping rule, and what is due after a step."""
+
+    state: State
+    done: int  # completed steps
+    best_nats: float | None = None  # lowest validation NLL so far
+    flat_evals: int = 0  # validations since then, past `train.decay_steps`
+    logging: bool = False
+    evaluating: bool = False  # stays due until it is done, as does saving
+    saving: bool = False
+    sampling: bool = False
+    stopping: bool = False
+
+    def flat(self, config: Config) -> bool:
+        """Whether the validation NLL has been flat for as long as the recipe waits."""
+        return 0 < config.train.patience_evals <= self.flat_evals
+
+    def find_due(self, config: Config, stop: bool) -> None:
+        """What is due after step `done`, of which `stop` says whether it is to be the last."""
+        run, done, last = config.run, self.done, self.done == config.train.num_steps
+        self.stopping |= stop
+        self.evaluating |= done % run.eval_every_steps == 0 or last
+        self.saving |= done % run.save_every_steps == 0 or self.evaluating or self.stopping
+        self.logging = done % run.log_every_steps == 0 or self.saving
+        sampling = run.sample_every_steps > 0 and done % run.sample_every_steps == 0
+        self.sampling = sampling and not self.stopping
+
+    def note_validation(self, config: Config, nats: float) -> None:
+        """Counts a validation for the stopping rule."""
+        improved = self.best_nats is None or nats < self.best_nats
+        self.best_nats = nats if improved else self.best_nats
+        past_decay = self.done > config.train.decay_steps
+        self.flat_evals = self.flat_evals + 1 if not improved and past_decay else 0
+
+    def save(
+        self, checkpoints: Checkpoints, config: Config, split: Split, validation: float | None
+    ) -> None:
+        checkpoints.save(
+            self.done,
+            self.state,
+            config=config,
+            manifest_hash=split.manifest_hash,
+            best_nats=self.best_nats,
+            flat_evals=self.flat_evals,
+            validation_nats=validation,
+        )
+
+
+class Validator:
+    """Validations of a run, beside classical baselines and the run of a known recipe."""
+
+    def __init__(self, config: Config, step: Step, train_split: Split, split: Split):
+        self._config, self._train_split = config, train_split
+        self._evaluator = Evaluator(config, step.mesh)
+        self._targets: Targets = measure.choose_targets(
+            config, split, max_targets=config.run.eval_targets
+        )
+        self._known = expected.matching(config, train_split.manifest_hash)
+
+    def validate(self, run: Run, metrics: MetricsWriter, folder: Path) -> float:
+        """Measures the parameters after a step, and tells and counts the NLL in nats."""
+        tally = measure.measure(self._evaluator, run.state["params"], self._targets)
+        result = measure.result(tally, self._targets)
+        metrics.write(run.done, "validation", dataclasses.asdict(result))
+        if distributed.is_first():
+            nats = reference.classical_on(self._targets, self._train_split, folder)
+            metrics.say(reference.verdict(result.nll_nats, nats))
+        distributed.wait_for_all("classical baselines")
+        known = self._known
+        if known and (words := expected.compare(known, run.done, result.nll_bits)):
+            metrics.say(words)
+        run.note_validation(self._config, result.nll_nats)
+        return result.nll_nats
+
+
+class Pace:
+    """How fast steps are done, without what comes between them."""
+
+    def __init__(self, config: Config, done: int):
+        self._targets, self._schedule = config.targets_per_step, make_schedule(config)
+        self.restart(done)
+
+    def restart(self, done: int) -> None:
+        """Measures from here on."""
+        self._clock, self._first = time.monotonic(), done
+
+    def values(self, done: int, read: dict[str, float]) -> dict[str, float]:
+        """What is logged after step `done`; `read` is what the guard read."""
+        seconds = (time.monotonic() - self._clock) / (done - self._first)
+        self.restart(done)
+        return {
+            **read,
+            "nll_bits": read["nll_nats"] / LN2,
+            "learning_rate": float(jax.device_get(self._schedule(done - 1))),
+            "seconds_per_step": seconds,
+            "targets_per_second": self._targets / seconds,
+            "targets": done * self._targets,
+        }
+
+
+def open_splits(config: Config) -> tuple[Split, Split]:
+    """The train and the validation split; a dataset that comes with the package is built first."""
+    data_dir, dataset = config.data.data_dir or default_data_dir(), config.data.dataset
+    if distributed.is_first():  # others find it, or build one on their host
+        ensure_built(dataset, data_dir)
+    distributed.wait_for_all("data")
+    ensure_built(dataset, data_dir)
+    train_split = open_split(data_dir, dataset, "train", config.data.skip_damaged)
+    return train_split, open_split(data_dir, dataset, "validation")
+
+
+def about(config: Config, step: Step) -> str:
+    """What is about to be trained, in one line."""
+    parameters = count_parameters(step.abstract_state["params"])
+    published = ""
+    if config.model == type(config.model)():
+        published = f" (published: {config.model.published_parameters})"
+    processes = f" in {count} processes" if (count := jax.process_count()) > 1 else ""
+    return (
+        f"{config.model.kind}: {parameters:,} parameters{published}, objective "
+        f"{config.objective}, context {config.context_samples:,} samples, "
+        f"{config.targets_per_step:,} targets a step, {step.mesh.size} x "
+        f"{step.mesh.devices.flat[0].device_kind}{processes}"
+    )
+
+
+def make_windows(config: Config, split: Split, step: Step | None = None) -> Windows:
+    """The training windows of `split`: whole batches, or this process' rows of a step's."""
+    data, rows = config.data, None
+    if step is not None:
+        rows = distributed.own_rows(step.mesh, config.train.batch_size)
     return Windows(
         split,
         window_samples=config.window_samples,
@@ -204,53 +268,50 @@ def make_windows(config: Config, split: Split, rows: Sequence[int] | None = None
     )
 
 
-def step_targets(config: Config) -> int:
-    """Targets of one step."""
-    return config.train.batch_size * config.targets_per_row
+def restore_or_init(config: Config, step: Step, checkpoints: Checkpoints, split: Split) -> Run:
+    """The run that goes on from the newest sound checkpoint, or begins."""
 
-
-def exhausted(config: Config, flat_evals: int) -> bool:
-    """Whether the validation NLL has been flat for as long as the recipe waits."""
-    return 0 < config.train.patience_evals <= flat_evals
-
-
-def restore_or_init(
-    config: Config, step: Step, checkpoints: Checkpoints, split: Split
-) -> tuple[State, float | None, int]:
-    """The state to go on from, the best validation NLL so far, and how long it has been flat."""
-
-    def check(record: checkpoint_metadata.Record) -> None:
-        checkpoint_metadata.check_continues(config, split.manifest_hash, record)
-        for change in checkpoint_metadata.changes(config, record.config):
+    def check(stored: checkpoint_metadata.Record) -> None:
+        checkpoint_metadata.check_continues(config, split.manifest_hash, stored)
+        for change in checkpoint_metadata.changes(config, stored.config):
             logging.warning("changed since the checkpoint: %s", change)
 
     resumed = checkpoints.resume(step.abstract_state, check)
     if resumed is None:
         state = step.init()
-        if not config.is_baseline and config.patch_model.head == "logistic_mixture":
+        if config.model.linear_taps:
             state["params"] = start_from_linear_prediction(config, step, state["params"], split)
-        return state, None, 0
-    state, record = resumed
+        return Run(state, done=0)
+    state, stored = resumed
     print(f"resumed from step {checkpoints.latest}", flush=True)
-    return state, record.best_nats, record.flat_evals
+    return Run(state, int(state["step"]), stored.best_nats, stored.flat_evals)
 
 
 def start_from_linear_prediction(config: Config, step: Step, params: Any, split: Split) -> Any:
-    """Parameters whose mixture starts from the train split's least-squares linear prediction."""
+    """Parameters that start from the train split's least-squares linear prediction."""
     quantiser = quantisers.get(config.data.quantiser)
     stretches = list(clips(split, 2**15, drop_last=False))
     chosen = stretches[:: max(1, len(stretches) // 64)]
     audio = split.excerpts((c.recording, c.start, c.length) for c in chosen)
     excerpts = [quantiser.encode(pcm) for pcm in audio]
-    taps, scale = classical.fit_linear(excerpts, quantiser, config.patch_model.predictor_taps)
+    taps, scale = classical.fit_linear(excerpts, quantiser, config.model.linear_taps)
 
     def started(params: Any) -> Any:
         model = nnx.merge(step.graphdef, params)
-        model.head.start_from(taps, scale)
+        model.start_from(taps, scale)
         return nnx.state(model)
 
     shardings = jax.tree.map(lambda x: x.sharding, step.abstract_state["params"])
     return jax.jit(started, out_shardings=shardings)(params)
+
+
+def write_samples(
+    config: Config, step: Step, run: Run, metrics: MetricsWriter, folder: Path, stopping: Any
+) -> None:
+    """Clips to listen to, in WORKDIR/samples and TensorBoard; all processes have to call it."""
+    params = run.state["params"]
+    if distributed.is_first():
+        metrics.clips(run.done, preview.make(config, params, folder, run.done, stopping))
 
 
 @contextlib.contextmanager
@@ -268,18 +329,21 @@ def finds_nans(wanted: bool) -> Iterator[None]:
 
 def write_config(config: Config, folder: Path) -> None:
     """Puts the configuration beside the checkpoints, for people to read."""
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
     aside = folder / "config.tmp"
-    aside.write_text(text)
+    aside.write_text(config_text(config))
     aside.replace(aside.with_suffix(".json"))
 
 
+def config_text(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
 def closing_words(
-    config: Config, workdir: str | os.PathLike[str], done: int, best_step: int | None, best: Any
+    config: Config, workdir: str | os.PathLike[str], run: Run, best_step: int | None
 ) -> str:
     """The result and the commands to go on with."""
-    lines = [f"trained to step {done}, {done * step_targets(config):,} targets"]
-    if best is not None:
+    lines = [f"trained to step {run.done}, {run.done * config.targets_per_step:,} targets"]
+    if (best := run.best_nats) is not None:
         lines.append(
             f"best validation (step {best_step}): {best / LN2:.4f} bits ({best:.4f} nats) per "
             f"sample, quantiser {config.data.quantiser}, context up to {config.context_samples:,}"
@@ -297,13 +361,16 @@ def closing_words(
 
 
 @exits_cleanly
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """`argv` holds the flags only, as for the other commands."""
-    logging.set_verbosity(logging.WARNING)  # orbax tells a lot
+    logging.set_verbosity(logging.WARNING)  # orbax logs a lot
     given = sys.argv[1:] if argv is None else argv
-    train(*parse([sys.argv[0], *given], __doc__))
+    command = parse([sys.argv[0], *given], __doc__)
+    if command.print_config:
+        print(config_text(command.config), end="")
+        return
+    train(command.config, command.workdir, command.profile_steps)
 
 
 if __name__ == "__main__":
-    keep_compilations()
     distributed.run(main, agrees_to_stop=True)

@@ -21,9 +21,11 @@ import pytest
 from flax import nnx
 from scipy.signal import lfilter
 
-from patchwave_jax.config import PatchWaveConfig
 from patchwave_jax.data import quantisers
+from patchwave_jax.models.patchwave.config import PatchWaveConfig
 from patchwave_jax.models.patchwave.model import PatchWave
+from patchwave_jax.models.samplernn import SampleRNNConfig
+from patchwave_jax.models.wavenet import WaveNetConfig
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -56,6 +58,17 @@ ADAPTIVE = dataclasses.replace(
 OTHER_PATCH = dataclasses.replace(
     SMALL, patch_samples=96, kernel_size=3, strides=(3, 2, 2), filters=(8, 8, 4)
 )
+
+WAVENET = WaveNetConfig(
+    cycles=2,
+    cycle_layers=3,
+    residual_channels=8,
+    dilation_channels=8,
+    skip_channels=16,
+    end_channels=12,
+)
+SAMPLERNN = SampleRNNConfig(frame_sizes=(4, 2, 2), width=16, embedding_width=8, segment_samples=32)
+CLIP_LENGTHS = (9 * 60 + 17, 60 - 1, 4 * 60 + 1, 1)  # longer, shorter than four patches of SMALL
 
 
 def random_model(config: PatchWaveConfig, *, causal: bool, quantiser="mulaw", seed=0) -> PatchWave:

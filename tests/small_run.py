@@ -11,7 +11,6 @@ from flax import nnx
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
 from patchwave_jax.data.build import build
-from patchwave_jax.training.step import make_model
 
 SIZE, PATCHES = SMALL.patch_samples, 4
 
@@ -31,7 +30,7 @@ def make_config(data_dir, **changes) -> Config:
 
 def make_run(directory, config: Config) -> str:
     """A working directory with one checkpoint of an untrained model."""
-    params = nnx.state(make_model(config, nnx.Rngs(config.seed)))
+    params = nnx.state(config.build_model(nnx.Rngs(config.seed)))
     with Checkpoints(directory, keep=1) as checkpoints:
         checkpoints.save(
             3,

@@ -10,25 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile as sf
-from conftest import random_codes
+from conftest import SAMPLERNN, WAVENET, random_codes
 from flax import nnx
 from jax.sharding import AxisType
 from small_run import make_config, make_data, make_run, tones
-from test_baseline_models import SAMPLERNN, WAVENET
 
 from patchwave_jax import evaluate, generate, report, score, train
 from patchwave_jax.config import Config, RunConfig, TrainConfig
 from patchwave_jax.config_dict import from_config_dict, to_config_dict
 from patchwave_jax.data.index import open_split
 from patchwave_jax.errors import UserError
+from patchwave_jax.evaluation import evaluator as evaluator_module
 from patchwave_jax.evaluation import measure, protocol
 from patchwave_jax.generation import check
-from patchwave_jax.generation.recurrent import RecurrentSampler
+from patchwave_jax.generation.sampler import Sampler
 from patchwave_jax.generation.sampling_params import SamplingParams
-from patchwave_jax.models.baseline import picked
+from patchwave_jax.models.base import log_prob as picked
 from patchwave_jax.models.sashimi import SaShiMiConfig, s4_parameters
 from patchwave_jax.training.optimizer import make_optimizer
-from patchwave_jax.training.step import graphdef_and_params, make_model, make_step
+from patchwave_jax.training.step import make_step
 
 SASHIMI = SaShiMiConfig(width=8, num_layers=1, pools=(4, 2), state_size=8)
 MODELS = {"wavenet": WAVENET, "samplernn": SAMPLERNN, "sashimi": SASHIMI}
@@ -57,7 +57,7 @@ def small(name: str, data_dir="", **changes) -> Config:
 @functools.cache
 def params_of(name: str):
     config = small(name)
-    return jax.jit(lambda: nnx.state(make_model(config, nnx.Rngs(0))))()
+    return jax.jit(lambda: nnx.state(config.build_model(nnx.Rngs(0))))()
 
 
 def mesh(devices=1):
@@ -70,8 +70,7 @@ def mesh(devices=1):
 def _small_batches():
     """Otherwise most of a batch were padding here."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(protocol, "BATCH_SAMPLES", 500)
-        patched.setattr(protocol, "RECURRENT_ROWS", 2)
+        patched.setattr(evaluator_module, "BATCH_SAMPLES", 500)
         yield
 
 
@@ -105,7 +104,7 @@ def test_interrupted_it_ends_with_the_same_bits(run, tmp_path, monkeypatch):
         patched.setattr(train, "stop_requested", lambda **_: stopping)
         assert not train.train(config, tmp_path)
     assert train.train(config, tmp_path)
-    ends = (protocol.load(workdir, STEPS)[1] for workdir in (straight, tmp_path))
+    ends = (evaluator_module.load(workdir, STEPS)[1] for workdir in (straight, tmp_path))
     for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -129,7 +128,7 @@ def test_samplernn_updates_once_a_segment_with_what_it_carries():
     made = make_step(config, mesh(8))
     state, codes = made.init(), random_codes(16, 64)
     model = nnx.merge(made.graphdef, jax.device_get(state["params"]))
-    whole = -np.asarray(picked(model.network.logits(codes), codes))
+    whole = -np.asarray(picked(model.window_logits(codes), codes))
     for _ in range(2):  # and the next row begins anew
         for first in (0, 32):
             state, metrics = made.update(state, codes[:, first : first + 32])
@@ -179,9 +178,9 @@ def test_every_target_has_the_context_it_is_said_to_have(name, stride):
     config = small(name)
     codes = random_codes(700)
     params = params_of(name)
-    evaluator = protocol.Evaluator(config, mesh())
-    network = nnx.merge(graphdef_and_params(config)[0], params)
-    logits = jax.jit(network.network.logits)
+    evaluator = evaluator_module.Evaluator(config, mesh())
+    network = nnx.merge(config.abstract_model()[0], params)
+    logits = jax.jit(network.window_logits)
     windows = protocol.plan([700], config, stride)
     counted = 0
     for window, log_probs, contexts in evaluator.score(params, lambda _: codes, windows):
@@ -253,9 +252,7 @@ def test_streams_are_the_same_on_eight_devices():
     params = params_of("sashimi")
     clips = []
     for devices in (1, 8):
-        streams = RecurrentSampler(
-            config, params, mesh(devices), num=11, knobs=SamplingParams(seed=3)
-        )
+        streams = Sampler(config, params, mesh(devices), num=11, sampling=SamplingParams(seed=3))
         streams.prime(random_codes(11, 260), 260)
         clips.append(streams.run(100)[1])
     np.testing.assert_allclose(*clips, atol=1e-4)
@@ -281,7 +278,6 @@ def test_a_report_is_written(run):
         ("sashimi", {"model.num_layers": 0}, "model.num_layers"),
         ("sashimi", {"model.dropout": 1.0}, "model.dropout"),
         ("wavenet", {"objective": "last"}, "objective"),
-        ("wavenet", {"train.hop": 2}, "train.hop"),
         ("wavenet", {"model.cycles": 0}, "model.cycles"),
         ("wavenet", {"model.compute_dtype": "float64"}, "model.compute_dtype"),
     ],
@@ -306,4 +302,4 @@ def test_a_record_from_before_baselines_is_the_patch_model(tmp_path):
     config = make_config(tmp_path)
     workdir = make_run(tmp_path, config)
     assert "kind" not in dataclasses.asdict(config.model)
-    assert protocol.load(workdir)[0].config == config
+    assert evaluator_module.load(workdir)[0].config == config

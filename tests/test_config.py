@@ -13,8 +13,9 @@ import pytest
 from patchwave_jax.config import Config
 from patchwave_jax.config_dict import from_config_dict, to_config_dict
 from patchwave_jax.errors import EXIT_CODE, UserError
+from patchwave_jax.models.base import count_parameters
 from patchwave_jax.runtime.mesh import make_mesh
-from patchwave_jax.training.step import count_parameters, make_step
+from patchwave_jax.training.step import make_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -31,7 +32,7 @@ def load(name: str, arg: str = "") -> Config:
 @pytest.mark.parametrize(("name", "tokens"), [("ctx128k", 64), ("ctx512k", 256), ("ctx1m", 500)])
 def test_the_papers_recipe(name, tokens):
     config = load(name)
-    assert (config.objective, config.patches, config.targets_per_row) == ("last", tokens, 1)
+    assert (config.objective, config.window_units, config.targets_per_step) == ("last", tokens, 40)
     train, model = config.train, config.model
     assert (train.batch_size, train.learning_rate, train.decay_steps) == (40, 1e-4, 250_000)
     assert (train.final_learning_rate, train.schedule) == (5e-6, "drop")
@@ -61,7 +62,7 @@ def test_every_configuration_traces_a_whole_train_step(name, arg, parameters):
         batch += 1
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch))
     step = make_step(config, make_mesh())
-    state, (rows, _) = step.abstract_state, step.micro_batch
+    state, rows = step.abstract_state, step.micro.rows
     codes = jax.ShapeDtypeStruct((rows, config.window_samples // config.segments), "uint8")
     total = jax.ShapeDtypeStruct((), "float32"), state["params"]
     args = total, state["params"], state.get("carry", ()), codes, state["step"], 0
@@ -101,8 +102,6 @@ def test_an_unknown_argument_is_named():
         ("model.mlp_dropout", 1.0, "config.model.mlp_dropout must be below 1"),
         ("model.predictor_taps", 4000, "config.model.predictor_taps"),
         ("data.quantiser", "alaw", "config.data.quantiser must be one of mulaw"),
-        ("train.hop", 3, "config.train.hop 3 does not divide"),
-        ("train.hop", 2, "needs config.objective='dense'"),
         ("train.learning_rate", float("nan"), "config.train.learning_rate must be finite"),
         ("train.learning_rate", "fast", "config.train.learning_rate must be of type float"),
         ("train.batch_size", True, "config.train.batch_size must be of type int"),
@@ -124,10 +123,10 @@ def test_a_wrong_value_is_named(field, value, message):
 def test_unknown_and_missing_fields_are_named():
     tree = to_config_dict(Config()).to_dict()
     tree["model"]["heads"] = 3
-    with pytest.raises(UserError, match=r"config\.model\.heads is no field; there are"):
+    with pytest.raises(UserError, match=r"config\.model\.heads is not a field; the fields are"):
         from_config_dict(tree)
-    del tree["model"]["heads"], tree["train"]["hop"]
-    with pytest.raises(UserError, match=r"config\.train\.hop is missing"):
+    del tree["model"]["heads"], tree["train"]["beta2"]
+    with pytest.raises(UserError, match=r"config\.train\.beta2 is missing"):
         from_config_dict(tree)
 
 

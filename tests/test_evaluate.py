@@ -15,17 +15,17 @@ from patchwave_jax.data import quantisers
 from patchwave_jax.data.index import Recording, SourceFile, open_split
 from patchwave_jax.data.windows import Clip
 from patchwave_jax.errors import EXIT_CODE, UserError
+from patchwave_jax.evaluation import evaluator as evaluator_module
 from patchwave_jax.evaluation import measure, nll, protocol, reference
 from patchwave_jax.evaluation.nll import LN2, NllAccumulator, bootstrap
 from patchwave_jax.runtime.mesh import make_mesh
-from patchwave_jax.training.step import make_model
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_batches():
     """Otherwise most of a batch were padding here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol, "BATCH_SAMPLES", 500)
+        patch.setattr(evaluator_module, "BATCH_SAMPLES", 500)
         yield
 
 
@@ -152,7 +152,7 @@ def test_a_tally_equals_sums_over_all_samples(rng):
 def test_the_published_protocol(data_dir, tmp_path, quantiser):
     """Whole clips from the start of each file, each with its own scaling, context from nothing."""
     config = make_config(data_dir, quantiser=quantiser)
-    evaluator, params, _ = protocol.load(make_run(tmp_path, config))
+    evaluator, params, _ = evaluator_module.load(make_run(tmp_path, config))
     split = open_split(data_dir, "audio_folder", "train")
     length = PATCHES * SIZE
     how = {"clip_samples": length, "drop_last": True, "stride_patches": PATCHES}
@@ -164,9 +164,9 @@ def test_the_published_protocol(data_dir, tmp_path, quantiser):
             pcm = split.read(recording, start, length)
             chosen.append(quantisers.get(quantiser).encode(pcm))
     silence = np.full((len(chosen), SIZE), quantisers.SILENCE, np.uint8)
-    model = make_model(config, nnx.Rngs(config.seed))
+    model = config.build_model(nnx.Rngs(config.seed))
     segments = np.concatenate([silence, np.stack(chosen)], 1)
-    expected = jax.jit(lambda x: model.dense_log_prob(x))(segments)
+    expected = jax.jit(lambda x: model.log_probs(x, length))(segments)
     count = sum(f.num_samples // length * length for r in split.recordings for f in r.files)
     assert expected.size == count
     assert result.targets == count
@@ -180,7 +180,7 @@ def test_any_mesh_gives_the_same_result(run, data_dir):
     one = make_mesh(devices=jax.devices()[:1])
     results = []
     for mesh in (one, make_mesh()):
-        evaluator, params, _ = protocol.load(run, mesh=mesh)
+        evaluator, params, _ = evaluator_module.load(run, mesh=mesh)
         results.append(measure.evaluate_split(evaluator, params, split, stride_patches=2))
     assert results[0].targets == results[1].targets
     assert results[0].nll_nats == pytest.approx(results[1].nll_nats, rel=1e-6)
@@ -189,7 +189,7 @@ def test_any_mesh_gives_the_same_result(run, data_dir):
 
 def test_what_a_short_context_costs_is_measured_on_the_same_targets(run, data_dir):
     """The difference of two evaluations, sample by sample."""
-    evaluator, params, _ = protocol.load(run)
+    evaluator, params, _ = evaluator_module.load(run)
     config = evaluator.config
     split = open_split(data_dir, "audio_folder", "test")
     growing = measure.choose_targets(config, split, stride_patches=PATCHES)

@@ -119,7 +119,7 @@ params = held_bytes(state["params"])
 codes = np.zeros((config.train.batch_size, config.window_samples), np.uint8)
 state, metrics = step.update(state, codes)
 assert np.isfinite(float(metrics["nll_nats"]))
-rows = step.micro_batch[0] // step.mesh.shape["data"]
+rows = step.micro.rows_each
 print(json.dumps({"params": params, "state": held_bytes(state), "codes": rows * codes.shape[1]}))
 """
 
@@ -207,7 +207,9 @@ def test_useful_flops_are_most_of_the_compiled(plans):
 
 
 def test_samplernn_is_planned_by_the_segments_that_its_steps_read():
-    network = SampleRNNConfig((4, 2, 2), width=16, embedding_width=8, segment_samples=32)
+    network = SampleRNNConfig(
+        frame_sizes=(4, 2, 2), width=16, embedding_width=8, segment_samples=32
+    )
     train = TrainConfig(batch_size=8)
     config = dataclasses.replace(config_of("last"), objective="dense", model=network, train=train)
     windows = [dataclasses.replace(config, context_samples=n) for n in (64, 256)]
@@ -229,7 +231,7 @@ def tiny_chip(monkeypatch):
     monkeypatch.setattr(hardware, "machine", lambda topology: (chip, real(topology)[1]))
 
     def programs(step):
-        rows = step.micro_batch[0] // step.mesh.shape["data"]
+        rows = step.micro.rows_each
         held = 2 * aot_compile.held_bytes(step.abstract_state["params"])
         temporaries = int(rows * 1e9)
         return [

@@ -130,9 +130,9 @@ def test_sliding_windows_count_every_sample_once_with_the_context_they_promise(
         assert 0 <= window.first < window.end <= lengths[window.clip]
         covered[window.clip][window.first : window.end] += 1
         if window.first:  # it has slid: what it shows before its targets is the promised context
-            assert window.patches == patches
+            assert window.units == patches
             assert window.end - window.first <= stride * size
-            assert window.newest == stride
+            assert window.last_n == stride
         else:
             assert window.end <= patches * size
     for count in covered:

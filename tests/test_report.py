@@ -19,9 +19,9 @@ from small_run import PATCHES, SIZE, make_config, make_data, make_run
 from patchwave_jax import expected, report
 from patchwave_jax.data.index import open_split
 from patchwave_jax.errors import EXIT_CODE
+from patchwave_jax.evaluation import evaluator as evaluator_module
 from patchwave_jax.evaluation import measure, protocol
 from patchwave_jax.evaluation.calibration import EDGES, calibrate
-from patchwave_jax.training.step import make_model
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -29,7 +29,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 @pytest.fixture(scope="module", autouse=True)
 def _small_batches():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol, "BATCH_SAMPLES", 500)
+        patch.setattr(evaluator_module, "BATCH_SAMPLES", 500)
         yield
 
 
@@ -91,7 +91,7 @@ def test_the_page_needs_no_network_and_escapes_what_it_is_given(page):
 
 
 def test_the_page_holds_what_evaluation_says(page, run, data_dir):
-    evaluator, params, _ = protocol.load(run)
+    evaluator, params, _ = evaluator_module.load(run)
     split = open_split(data_dir, "audio_folder", "train")
     result = measure.evaluate_split(evaluator, params, split, max_targets=4_000)
     text = page.read_text()
@@ -167,9 +167,9 @@ def test_bad_input_is_one_clear_line_and_nothing_is_overwritten(page, run, tmp_p
 def test_calibration_counts_what_a_loop_counts(data_dir):
     """Every code of a thinned set of targets, in bins of the probability the model states."""
     config = make_config(data_dir)
-    evaluator = protocol.Evaluator(config, protocol.make_mesh())
-    model = make_model(config, nnx.Rngs(0))
-    dense = jax.jit(lambda x: model.dense_logits(x))
+    evaluator = evaluator_module.Evaluator(config, protocol.make_mesh())
+    model = config.build_model(nnx.Rngs(0))
+    dense = jax.jit(lambda x: model.logits(x, 1))
     split = open_split(data_dir, "audio_folder", "test")
     targets = measure.choose_targets(config, split)
     calibration = calibrate(evaluator, nnx.state(model), targets)

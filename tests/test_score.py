@@ -11,6 +11,7 @@ from patchwave_jax import score
 from patchwave_jax.data import audio, quantisers
 from patchwave_jax.data.index import open_split
 from patchwave_jax.errors import EXIT_CODE
+from patchwave_jax.evaluation import evaluator as evaluator_module
 from patchwave_jax.evaluation import measure, protocol
 from patchwave_jax.score import encoded, stream
 
@@ -18,7 +19,7 @@ from patchwave_jax.score import encoded, stream
 @pytest.fixture(scope="module", autouse=True)
 def _small_batches():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol, "BATCH_SAMPLES", 500)
+        patch.setattr(evaluator_module, "BATCH_SAMPLES", 500)
         yield
 
 
@@ -45,7 +46,7 @@ def test_the_sum_of_scores_is_what_evaluation_says(
     run = make_run(tmp_path / "run", make_config(data_dir, quantiser=quantiser))
     split = open_split(data_dir, "audio_folder", "test")
     files = [file.name for r in split.recordings for file in r.files]
-    evaluator, params, _ = protocol.load(run)
+    evaluator, params, _ = evaluator_module.load(run)
     result = measure.evaluate_split(evaluator, params, split, stride_patches=stride)
     paths = [str(source / name) for name in files]
     score.main([*paths, f"--workdir={run}", f"--npz={tmp_path}", f"--stride_patches={stride}"])

@@ -23,8 +23,7 @@ from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
 from patchwave_jax.data import manifest
 from patchwave_jax.errors import UserError
-from patchwave_jax.planning.aot_compile import held_bytes
-from patchwave_jax.runtime.memory import choose_chunks
+from patchwave_jax.runtime.memory import choose_execution
 from patchwave_jax.train import train
 from patchwave_jax.training.optimizer import make_schedule
 from patchwave_jax.training.step import make_step
@@ -97,7 +96,6 @@ def test_eight_devices_then_four(data_dir, tmp_path, monkeypatch):
     halfway = dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, num_steps=2),
-        run=dataclasses.replace(config.run, shard_parameters=True),
     )
     train(config, tmp_path / "straight")
     train(halfway, tmp_path / "resumed")
@@ -121,18 +119,10 @@ def test_one_device_equals_eight_and_micro_batches_equal_the_whole(objective):
     config = dataclasses.replace(small(), objective=objective, model=plain)
     codes = random_codes(16, config.window_samples)
     got = []
-    for devices, rows, split in (
-        (1, 0, False),
-        (8, 0, False),
-        (4, 2, False),
-        (1, 5, False),
-        (8, 1, True),
-    ):
+    for devices, rows in ((1, 0), (8, 1), (4, 2), (1, 5)):
         recipe = dataclasses.replace(config.train, batch_size=16, micro_batch_size=rows)
-        run = dataclasses.replace(config.run, shard_parameters=split)
-        step = make_step(dataclasses.replace(config, train=recipe, run=run), mesh_of(devices))
+        step = make_step(dataclasses.replace(config, train=recipe), mesh_of(devices))
         state, values = step.update(step.init(), codes)
-        assert (held_bytes(state) < held_bytes(step.whole(state)) / 5) == split
         got.append(jax.device_get((values, state["params"])))
     for values, params in got[1:]:
         np.testing.assert_allclose(values["nll_nats"], got[0][0]["nll_nats"], rtol=1e-5)
@@ -304,15 +294,16 @@ def test_chunks_fit_the_memory_and_divide():
 
     for context in (128_000, 1_000_000):
         config = dataclasses.replace(Config(), objective="dense", context_samples=context)
-        small_device = choose_chunks(config, 1, Device(12e9))
-        large_device = choose_chunks(config, 1, Device(80e9))
-        assert all(a <= b for a, b in zip(small_device, large_device, strict=True))
-        assert 2000 % small_device[0] == 0
-        assert config.patches % small_device[1] == 0
+        small_device = choose_execution(config, 1, Device(12e9))
+        large_device = choose_execution(config, 1, Device(80e9))
+        assert small_device.phase_chunk <= large_device.phase_chunk
+        assert small_device.encode_chunk_patches <= large_device.encode_chunk_patches
+        assert 2000 % small_device.phase_chunk == 0
+        assert config.window_units % small_device.encode_chunk_patches == 0
     chosen = dataclasses.replace(config, run=dataclasses.replace(config.run, phase_chunk=4))
-    assert choose_chunks(chosen, 1, Device(80e9))[0] == 4
-    on_chip = {choose_chunks(config, 1, Device(size, "tpu"))[0] for size in (16e9, 95e9)}
-    assert on_chip == {choose_chunks(config, 1, Device(12e9, "cpu"))[0]}
+    assert choose_execution(chosen, 1, Device(80e9)).phase_chunk == 4
+    on_chip = {choose_execution(config, 1, Device(x, "tpu")).phase_chunk for x in (16e9, 95e9)}
+    assert on_chip == {choose_execution(config, 1, Device(12e9, "cpu")).phase_chunk}
 
 
 def test_the_mixture_starts_from_linear_prediction(data_dir, tmp_path):

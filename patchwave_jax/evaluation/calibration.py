@@ -9,9 +9,8 @@ from flax import nnx
 from jaxtyping import Float64
 
 from patchwave_jax.evaluation import protocol
+from patchwave_jax.evaluation.evaluator import Evaluator
 from patchwave_jax.evaluation.measure import Targets
-from patchwave_jax.evaluation.protocol import Evaluator
-from patchwave_jax.training.step import graphdef_and_params
 
 EDGES = 10.0 ** np.linspace(-6, 0, 25)  # of the bins of probability; what is below is the first's
 TARGETS_PER_WINDOW = 2_000
@@ -46,25 +45,25 @@ class Calibration:
 
 def calibrate(evaluator: Evaluator, params: Any, targets: Targets) -> Calibration:
     """Calibration on a few windows spread over `targets`, at every so-many-th sample."""
-    config, size = evaluator.config, evaluator.config.patch_samples
-    windows = protocol.plan([c.length for c in targets.clips], config, config.patches)
+    config, size = evaluator.config, evaluator.config.window_unit
+    windows = protocol.plan([c.length for c in targets.clips], config, config.window_units)
     windows = windows[:: -(-len(windows) // WINDOWS)]
     per_window = config.context_samples // TARGETS_PER_WINDOW
     hop = max(d for d in range(1, size + 1) if size % d == 0 and d <= max(1, per_window))
-    graphdef, _ = graphdef_and_params(config)
+    graphdef, _ = config.abstract_model()
 
     @jax.jit
     def probabilities(params, segments):
-        logits = nnx.merge(graphdef, params).dense_logits(segments, hop)
+        logits = nnx.merge(graphdef, params).logits(segments, hop)
         return jax.nn.softmax(logits)
 
     bins = len(EDGES) - 1
     stated, cases, came = np.zeros((3, bins))
     top_stated, top_right, count = 0.0, 0, 0
     for window in windows:
-        segment = protocol.segment(window, targets.codes(window.clip), size)
-        places = np.arange(size, segment.size, hop)
-        kept = places - size < window.end - window.first
+        segment = protocol.segment(window, targets.codes(window.clip), config)
+        places = np.arange(config.history, segment.size, hop)
+        kept = places - config.history < window.end - window.first
         truth = segment[places][kept]
         table = np.asarray(probabilities(params, segment[None]))[0][kept].astype(np.float64)
         index = np.clip(np.searchsorted(EDGES, table, side="right") - 1, 0, bins - 1)

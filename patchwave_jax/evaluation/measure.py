@@ -21,8 +21,9 @@ from patchwave_jax.data.windows import Clip, clips
 from patchwave_jax.errors import UserError
 from patchwave_jax.evaluation import protocol
 from patchwave_jax.evaluation.classical import NAMES, ClassicalBaselines
+from patchwave_jax.evaluation.evaluator import Evaluator
 from patchwave_jax.evaluation.nll import MODEL, NllAccumulator
-from patchwave_jax.evaluation.protocol import Evaluator, Window
+from patchwave_jax.evaluation.protocol import Window
 
 HISTORY_SAMPLES = 8_192  # that yardsticks see before a stretch: all that they remember
 STRETCH_SAMPLES = 262_144  # that yardsticks predict at once, at most
@@ -116,11 +117,6 @@ def choose_targets(
         raise UserError(
             "--drop_last needs --clip_samples, the length below which clips are left out"
         )
-    if clip_samples is not None and not config.is_baseline and clip_samples < config.patch_samples:
-        raise UserError(
-            f"--clip_samples={clip_samples} is shorter than one patch of "
-            f"{config.patch_samples} samples"
-        )
     chosen = list(clips(split, clip_samples, drop_last, per_file=clip_samples is not None))
     if not chosen:
         longest = max(file.num_samples for r in split.recordings for file in r.files)
@@ -168,13 +164,13 @@ def context_gain(evaluator: Evaluator, params: Any, growing: Targets) -> NllAccu
     of their targets that has a whole context behind it, what -log p loses when the context grows
     to at least half of the whole. None if there is no such target.
     """
-    config, size = growing.config, growing.config.patch_samples
-    stride = config.patches // 2
+    config, size = growing.config, growing.config.window_unit
+    stride = config.window_units // 2
     short = [window for window in growing.windows if window.first > 0]
     if not short or stride == 0:
         return None
     long = [
-        Window(w.clip, first, min(first + stride * size, w.end), config.patches, stride)
+        Window(w.clip, first, min(first + stride * size, w.end), config.window_units, stride)
         for w in short
         for first in range(w.first, w.end, stride * size)
     ]

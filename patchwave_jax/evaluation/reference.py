@@ -85,7 +85,7 @@ def _best(ordered: Sequence[tuple[str, float]]) -> str:
 
 def _key(targets: Targets) -> str:
     """Names a set of targets: the same windows of the same split have the same key."""
-    size = targets.config.patch_samples
+    size = targets.config.window_unit
     count = sum(window.end - window.first for window in targets.windows)
     first = targets.windows[0]
     clip = "whole recordings" if targets.clip_samples is None else f"clips {targets.clip_samples}"

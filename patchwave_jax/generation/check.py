@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from patchwave_jax.evaluation import protocol
-from patchwave_jax.generation.recurrent import make_sampler
+from patchwave_jax.evaluation.evaluator import Evaluator
+from patchwave_jax.generation.sampler import Sampler
 from patchwave_jax.generation.sampling_params import SamplingParams
 
 CHECK_SAMPLES = 2000  # generated before and after the window slides
@@ -39,7 +40,7 @@ class Consistency:
 
 
 def check(
-    evaluator: protocol.Evaluator,
+    evaluator: Evaluator,
     params: Any,
     prompt: UInt8[np.ndarray, " T"],
     *,
@@ -51,15 +52,15 @@ def check(
     `prompt` fills the context up to where generation begins, over and over if it is short.
     """
     config = evaluator.config
-    sampler = make_sampler(
+    sampler = Sampler(
         config,
         params,
         evaluator.mesh,
         num=evaluator.mesh.size,
-        knobs=SamplingParams(seed=seed),
+        sampling=SamplingParams(seed=seed),
         stride_patches=stride_patches,
     )
-    context, size = config.context_samples, config.patch_samples
+    context, size = config.context_samples, config.window_unit
     before_slide = max(0, context - CHECK_SAMPLES)
     differences, slides = [], 0
     for first, end in ((0, min(CHECK_SAMPLES, context)), (before_slide, context + CHECK_SAMPLES)):
@@ -72,7 +73,7 @@ def check(
         log_probs = np.concatenate([piece[1] for piece in pieces], 1)
         codes = np.concatenate([codes, *(piece[0] for piece in pieces)], 1)
         plan = protocol.plan([end] * sampler.num, config, sampler.stride_patches)
-        windows = [_newest(window, first, size) for window in plan if window.end > first]
+        windows = [_last_part(window, first, size) for window in plan if window.end > first]
         for scored in evaluator.score(params, codes.__getitem__, windows):
             window = scored.window
             skipped = max(0, first - window.first)
@@ -89,8 +90,8 @@ def check(
     )
 
 
-def _newest(window: protocol.Window, first: int, size: int) -> protocol.Window:
+def _last_part(window: protocol.Window, first: int, size: int) -> protocol.Window:
     """The part of a window that scores its samples from `first` on, in whole patches."""
-    end = window.first + window.newest * size
-    newest = min(window.newest, -(-(end - first) // size))
-    return window._replace(first=end - newest * size, newest=newest)
+    end = window.first + window.last_n * size
+    last_n = min(window.last_n, -(-(end - first) // size))
+    return window._replace(first=end - last_n * size, last_n=last_n)

@@ -21,8 +21,8 @@ import patchwave_jax
 from patchwave_jax.data import quantisers
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError
+from patchwave_jax.evaluation.nll import LN2
 from patchwave_jax.runtime.lock import Lock
-from patchwave_jax.training.step import LN2
 
 RECORD = "run.json"
 WAV_HEADER_BYTES = 44

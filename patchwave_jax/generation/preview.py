@@ -15,10 +15,10 @@ from jaxtyping import Int16
 from patchwave_jax.config import Config
 from patchwave_jax.data import quantisers
 from patchwave_jax.data.audio import SAMPLE_RATE
+from patchwave_jax.evaluation.nll import LN2
 from patchwave_jax.generation.clips import write_wav
-from patchwave_jax.generation.recurrent import make_sampler
+from patchwave_jax.generation.sampler import Sampler
 from patchwave_jax.generation.sampling_params import SamplingParams
-from patchwave_jax.training.step import LN2
 
 CLIPS = 2
 
@@ -32,16 +32,13 @@ def make(
 ) -> Int16[np.ndarray, "B T"]:
     """Generates clips from nothing with the run's seed, and writes them; none if it is to stop."""
     total = max(1, round(config.run.sample_seconds * SAMPLE_RATE))
-    if config.objective == "dense" and not config.is_baseline:
-        # A causal model needs no room for what it does not reach.
-        size = config.patch_samples
-        needed = min(config.context_samples, -(-total // size) * size)
-        config = dataclasses.replace(config, context_samples=needed)
+    needed = config.model.context_for(total, config.context_samples, config.causal)
+    config = dataclasses.replace(config, context_samples=needed)
     # This host's devices only: others may be at their next step already.
     devices = jax.local_devices()[:CLIPS]
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    params, knobs = jax.device_get(params), SamplingParams(config.seed)
-    sampler = make_sampler(config, params, mesh, num=CLIPS, knobs=knobs)
+    params, sampling = jax.device_get(params), SamplingParams(config.seed)
+    sampler = Sampler(config, params, mesh, num=CLIPS, sampling=sampling)
     sampler.prime(np.zeros((CLIPS, 0), np.uint8), 0)
     pieces = []
     while sampler.position < total and not stopping():

@@ -15,7 +15,8 @@ samples) in a frame, `L` samples that the slowest tier reads.
 import dataclasses
 import itertools
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,16 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from patchwave_jax.data.quantisers import NUM_CODES, SILENCE
 from patchwave_jax.errors import UserError
+from patchwave_jax.models.base import Baseline, Execution, ModelConfig, log_prob
+from patchwave_jax.models.layers import Key
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleRNNConfig:
+class SampleRNNConfig(ModelConfig):
     """The defaults are those of the published comparison."""
 
+    published_parameters: ClassVar[str] = "35.03M"
+    min_rows: ClassVar[int] = 8  # a step reads all weights for however few rows
     kind: str = "samplernn"
     frame_sizes: tuple[int, ...] = (8, 2, 2)  # the fastest tier's in samples, then in frames
     width: int = 1024
@@ -49,8 +54,8 @@ class SampleRNNConfig:
         """Samples that the slowest tier reads."""
         return self.frame_samples[-1]
 
-    def check(self, context_samples: int) -> None:
-        """Raises `UserError` if frames, segments and windows of `context_samples` do not fit."""
+    def check(self, context_samples: int, causal: bool) -> None:
+        super().check(context_samples, causal)
         segment = self.segment_samples
         if not self.frame_sizes:
             raise UserError("config.model.frame_sizes must name a tier, such as '(8, 2, 2)'")
@@ -64,6 +69,14 @@ class SampleRNNConfig:
                 f"config.context_samples {context_samples} is not a multiple of {2 * segment}, two "
                 "segments of config.model.segment_samples"
             )
+
+    def build(
+        self, *, quantiser: str, causal: bool, execution: Execution, rngs: nnx.Rngs
+    ) -> "SampleRNN":
+        return SampleRNN(self, rngs=rngs)
+
+    def segments(self, context_samples: int) -> int:
+        return context_samples // self.segment_samples
 
 
 def loudness() -> Float32[np.ndarray, "256"]:
@@ -177,7 +190,7 @@ class State(NamedTuple):
     told: list[Float32[Array, "B k H"]]  # what each tier said of its present frame
 
 
-class SampleRNN(nnx.Module):
+class SampleRNN(Baseline):
     """The whole network."""
 
     def __init__(self, config: SampleRNNConfig, *, rngs: nnx.Rngs):
@@ -209,15 +222,42 @@ class SampleRNN(nnx.Module):
             "output_bias": self.output_bias[...],
         }
 
-    def start(self, batch: int) -> Carry:
+    def init_carry(self, batch: int) -> Carry:
         """Where a clip begins: silence, and the learned states."""
         codes = jnp.full((batch, self.config.lookback), SILENCE, jnp.uint8)
         wide = (batch, self.config.width)
         return Carry(codes, [jnp.broadcast_to(tier.initial[...], wide) for tier in self.tiers])
 
-    def logits(self, codes: UInt8[Array, "B T"]) -> Float32[Array, "B T 256"]:
+    def loss(
+        self, codes: UInt8[Array, "B T"], carry: Carry, first: Array | bool, key: Key
+    ) -> tuple[Float32[Array, ""], tuple[Float32[Array, " B"], Carry]]:
+        carry = jax.tree.map(
+            lambda new, old: jnp.where(first, new, lax.stop_gradient(old)),
+            self.init_carry(codes.shape[0]),
+            carry,
+        )
+        logits, carry = self.segment(self.prepare(), codes, carry)
+        row_nats = -log_prob(logits, codes).mean(1)
+        return row_nats.mean(), (row_nats, carry)
+
+    def window_logits(
+        self, codes: UInt8[Array, "B T"], key: Key = None
+    ) -> Float32[Array, "B T 256"]:
         """Logits of every sample of clips that begin here; `T` is a number of whole frames."""
-        return self.segment(self.prepare(), codes, self.start(codes.shape[0]))[0]
+        return self.segment(self.prepare(), codes, self.init_carry(codes.shape[0]))[0]
+
+    def _read(self, segment: UInt8[Array, "B S"], last_n: int, of: Callable[..., Array]) -> Array:
+        prepared, size = self.prepare(), self.config.segment_samples
+
+        def read(carry: Carry, codes: Array) -> tuple[Carry, Array]:
+            logits, carry = self.segment(prepared, codes, carry)
+            return carry, of(logits, codes)
+
+        rows = segment.shape[0]
+        pieces = segment.reshape(rows, -1, size).swapaxes(0, 1)
+        _, found = lax.scan(read, self.init_carry(rows), pieces)
+        found = found.swapaxes(0, 1)
+        return found.reshape(rows, -1, *found.shape[3:])[:, -last_n:]
 
     def segment(
         self, prepared: dict[str, Any], codes: UInt8[Array, "B T"], carry: Carry
@@ -255,22 +295,19 @@ class SampleRNN(nnx.Module):
 
     # One sample at a time.
 
-    def empty(self, batch: int) -> State:
-        """The state before a clip."""
+    def init_state(self, batch: int, context_samples: int) -> State:
         frames = self.config.frame_sizes
         told = [jnp.zeros((batch, count, self.config.width)) for count in frames]
-        return State(self.start(batch), told)
+        return State(self.init_carry(batch), told)
 
-    def step(
-        self, prepared: dict[str, Any], state: State, previous: UInt8[Array, " B"], index: Array
-    ) -> tuple[State, Float32[Array, "B 256"]]:
-        """Logits of sample `index` of the clip, whose predecessor is `previous`.
-
-        A tier takes its turn where one of its frames begins.
-        """
+    def step_logits(
+        self, prepared: dict[str, Any], state: State, code: UInt8[Array, " B"], position: Array,
+        start: Array,
+    ) -> tuple[State, Float32[Array, "B 256"]]:  # fmt: skip
+        """A tier takes its turn where one of its frames begins."""
         (codes, hidden), told = state.carry, list(state.told)
         hidden, lookback = list(hidden), self.config.lookback
-        codes = jnp.concatenate([codes[:, 1:], previous[:, None]], 1)
+        codes = jnp.concatenate([codes[:, 1:], code[:, None]], 1)
         heard, slower = jnp.asarray(loudness())[codes], None
         for i in reversed(range(len(told))):
             samples, weights = self.config.frame_samples[i], prepared["tiers"][i]
@@ -284,8 +321,10 @@ class SampleRNN(nnx.Module):
             def wait(i=i):
                 return hidden[i], told[i]
 
-            hidden[i], told[i] = lax.cond(index % samples == 0, turn, wait)
+            hidden[i], told[i] = lax.cond(position % samples == 0, turn, wait)
             each = samples // self.config.frame_sizes[i]  # samples that one thing told is of
-            slower = lax.dynamic_index_in_dim(told[i], index % samples // each, 1, keepdims=False)
+            slower = lax.dynamic_index_in_dim(
+                told[i], position % samples // each, 1, keepdims=False
+            )
         recent = codes[:, lookback - self.config.frame_sizes[0] :]
         return State(Carry(codes, hidden), told), self._perceptron(prepared, recent, slower)

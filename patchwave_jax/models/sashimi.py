@@ -14,8 +14,9 @@ Dimensions as in `patchwave_jax.models.s4`, and `s` the samples of one pooling p
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from jaxtyping import Array, Complex, Float, Float32, Int32, UInt8
 from patchwave_jax.data import quantisers
 from patchwave_jax.errors import UserError
 from patchwave_jax.models import s4
+from patchwave_jax.models.base import Baseline, Execution, ModelConfig
 from patchwave_jax.models.layers import Key, split
 
 # For the backward pass besides each layer's input; all else is computed again.
@@ -35,9 +37,10 @@ S4_PARAMETERS = ("log_dt", "log_decay", "frequency", "P", "B")
 
 
 @dataclasses.dataclass(frozen=True)
-class SaShiMiConfig:
+class SaShiMiConfig(ModelConfig):
     """The network: everything that shapes its parameters, and its dropout."""
 
+    published_parameters: ClassVar[str] = "4.05M with 8 layers, 3.13M with 6"
     kind: str = "sashimi"
     width: int = 64  # of the highest level
     num_layers: int = 8  # S4 blocks of each level, as many feed-forward blocks between them
@@ -49,8 +52,8 @@ class SaShiMiConfig:
     dropout: float = 0.0  # of what each block adds
     compute_dtype: str = "float32"  # or 'bfloat16': linear layers only
 
-    def check(self, context_samples: int) -> None:
-        """Raises `UserError` naming what is out of range, for windows of `context_samples`."""
+    def check(self, context_samples: int, causal: bool) -> None:
+        super().check(context_samples, causal)
         total = math.prod(self.pools)
         for name, ok, what in (
             ("num_layers", self.num_layers >= 1, "must be at least 1"),
@@ -61,6 +64,15 @@ class SaShiMiConfig:
         ):  # fmt: skip
             if not ok:
                 raise UserError(f"config.model.{name} {what}, got {getattr(self, name)}")
+
+    def build(
+        self, *, quantiser: str, causal: bool, execution: Execution, rngs: nnx.Rngs
+    ) -> "SaShiMi":
+        return SaShiMi(self, rngs=rngs)
+
+    def own_learning_rate(self) -> tuple[float, Callable[[Any], Any]]:
+        """S4's own parameters have no weight decay and a learning rate of their own."""
+        return S4_LEARNING_RATE, s4_parameters
 
 
 class Prepared(NamedTuple):
@@ -80,7 +92,7 @@ class State(NamedTuple):
     lower: "State | None"
 
 
-class SaShiMi(nnx.Module):
+class SaShiMi(Baseline):
     """The whole model, over embedded codes."""
 
     def __init__(self, config: SaShiMiConfig, *, rngs: nnx.Rngs):
@@ -93,7 +105,9 @@ class SaShiMi(nnx.Module):
         self.norm = nnx.LayerNorm(config.width, epsilon=1e-5, rngs=rngs)
         self.head = _linear(config, config.width, quantisers.NUM_CODES, rngs)
 
-    def logits(self, codes: UInt8[Array, "B T"], key: Key = None) -> Float32[Array, "B T 256"]:
+    def window_logits(
+        self, codes: UInt8[Array, "B T"], key: Key = None
+    ) -> Float32[Array, "B T 256"]:
         """The logits of every sample given those before it; the first follows silence.
 
         Raises:
@@ -106,34 +120,26 @@ class SaShiMi(nnx.Module):
                 f"config.model.pools {self.config.pools}"
             )
         before = jnp.pad(codes[:, :-1], ((0, 0), (1, 0)), constant_values=quantisers.SILENCE)
-        return self._read(self.level(self._embed(before), key))
+        return self._read_out(self.level(self._embed(before), key))
 
     def prepare(self) -> Prepared:
         """What `step` needs besides, computed from the parameters once."""
         return self.level.prepare()
 
-    def empty(self, batch: int) -> State:
-        """The state before a clip's first sample."""
+    def init_state(self, batch: int, context_samples: int) -> State:
         return self.level.empty(batch)
 
-    def step(
-        self,
-        prepared: Prepared,
-        state: State,
-        previous_code: UInt8[Array, " B"],
-        index: Int32[Array, ""],
-    ) -> tuple[State, Float32[Array, "B 256"]]:
-        """The state after, and the logits of, sample `index` of a clip, given the one before it.
-
-        The sample before the first (`index` 0) is `quantisers.SILENCE`.
-        """
-        state, x = self.level.step(prepared, state, self._embed(previous_code), index)
-        return state, self._read(x)
+    def step_logits(
+        self, prepared: Prepared, state: State, code: UInt8[Array, " B"],
+        position: Int32[Array, ""], start: Int32[Array, ""],
+    ) -> tuple[State, Float32[Array, "B 256"]]:  # fmt: skip
+        state, x = self.level.step(prepared, state, self._embed(code), position)
+        return state, self._read_out(x)
 
     def _embed(self, codes: UInt8[Array, "*shape"]) -> Float[Array, "*shape D"]:
         return self.embedding(codes.astype(jnp.int32))
 
-    def _read(self, x: Float[Array, "*shape D"]) -> Float32[Array, "*shape 256"]:
+    def _read_out(self, x: Float[Array, "*shape D"]) -> Float32[Array, "*shape 256"]:
         return self.head(self.norm(x)).astype(jnp.float32)
 
 

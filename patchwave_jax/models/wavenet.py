@@ -11,22 +11,27 @@ Dimensions: `B` batch, `T` samples, `R` receptive field, `D` residual channels.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int64, UInt8
 
 from patchwave_jax.data.quantisers import NUM_CODES, SILENCE
 from patchwave_jax.errors import UserError
+from patchwave_jax.models.base import Baseline, Execution, ModelConfig
+from patchwave_jax.models.layers import Key
 
 
 @dataclasses.dataclass(frozen=True)
-class WaveNetConfig:
+class WaveNetConfig(ModelConfig):
     """The defaults are those of the published comparison."""
 
+    published_parameters: ClassVar[str] = "4.24M"
     kind: str = "wavenet"
     cycles: int = 4
     cycle_layers: int = 10  # dilations 1, 2, 4, ...
@@ -46,14 +51,25 @@ class WaveNetConfig:
         """Samples that a prediction sees."""
         return 1 + sum(self.dilations)
 
-    def check(self, context_samples: int) -> None:
-        """Raises `UserError` if windows of `context_samples` are too short for the network."""
+    def check(self, context_samples: int, causal: bool) -> None:
+        super().check(context_samples, causal)
         if self.cycle_layers > 20 or 2 * self.receptive_field > context_samples:
             raise UserError(
                 f"config.context_samples {context_samples} is less than twice the receptive field "
                 f"that {self.cycles} x {self.cycle_layers} layers have; make it longer, or lower "
                 "config.model.cycles or config.model.cycle_layers"
             )
+
+    def build(
+        self, *, quantiser: str, causal: bool, execution: Execution, rngs: nnx.Rngs
+    ) -> "WaveNet":
+        return WaveNet(self, rngs=rngs)
+
+    def history(self, causal: bool) -> int:
+        return self.receptive_field
+
+    def context_of(self, index: Int64[np.ndarray, " n"], older: int) -> Int64[np.ndarray, " n"]:
+        return np.full_like(index, self.receptive_field)
 
 
 class Layer(nnx.Module):
@@ -80,12 +96,12 @@ class Layer(nnx.Module):
 
 
 class State(NamedTuple):
-    """What is remembered of `B` streams: a queue of each layer's newest inputs."""
+    """State of `B` streams: a queue of each layer's newest inputs."""
 
     queues: list[Float[Array, "B dilation D"]]  # sample t is at place t % dilation
 
 
-class WaveNet(nnx.Module):
+class WaveNet(Baseline):
     """The whole network."""
 
     def __init__(self, config: WaveNetConfig, *, rngs: nnx.Rngs):
@@ -101,8 +117,15 @@ class WaveNet(nnx.Module):
         self.end2 = nnx.Linear(config.end_channels, NUM_CODES, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(NUM_CODES, NUM_CODES, dtype=dtype, rngs=rngs)
 
-    def logits(
-        self, codes: UInt8[Array, "B T"], history: UInt8[Array, "B R"] | None = None
+    @property
+    def slides(self) -> bool:
+        return True  # the queues know nothing of windows
+
+    def window_logits(
+        self,
+        codes: UInt8[Array, "B T"],
+        key: Key = None,
+        history: UInt8[Array, "B R"] | None = None,
     ) -> Float32[Array, "B T 256"]:
         """Logits of every sample, from those before it and `history`; None is silence."""
         count, field = codes.shape[1], self.config.receptive_field
@@ -114,6 +137,12 @@ class WaveNet(nnx.Module):
             x, gated = layer(x[:, :-dilation], x[:, dilation:])
             units.append(gated[:, -count:])
         return self._end(units)
+
+    def _read(self, segment: UInt8[Array, "B S"], last_n: int, of: Callable[..., Array]) -> Array:
+        field = self.config.receptive_field
+        first = segment.shape[1] - min(last_n, segment.shape[1] - field)
+        codes, history = segment[:, first:], segment[:, first - field : first]
+        return of(self.window_logits(codes, history=history), codes)
 
     def _start(self, codes: UInt8[Array, "*shape"]) -> Float[Array, "*shape D"]:
         return self.start(self.embedding(codes.astype(jnp.int32)))
@@ -128,27 +157,26 @@ class WaveNet(nnx.Module):
 
     # One sample at a time: the queues of "fast WaveNet" (Le Paine et al. 2016).
 
-    def prepare(self) -> tuple[()]:
-        return ()
+    def steps_from(self, position: int, start: int) -> int:
+        return max(0, position - self.config.receptive_field)
 
-    def empty(self, batch: int) -> State:
-        """The state after silence without end."""
+    def init_state(self, batch: int, context_samples: int) -> State:
+        """The state after endless silence."""
         x, queues = self._start(jnp.full(batch, SILENCE, jnp.uint8)), []
         for layer, dilation in zip(self.layers, self.config.dilations, strict=True):
             queues.append(jnp.broadcast_to(x[:, None], (batch, dilation, x.shape[-1])))
             x, _ = layer(x, x)
         return State(queues)
 
-    def step(
-        self, prepared: tuple[()], state: State, previous: UInt8[Array, " B"], index: Array
-    ) -> tuple[State, Float32[Array, "B 256"]]:
-        """Logits of sample `index`, whose predecessor is `previous`."""
-        del prepared
-        x, queues, units = self._start(previous), [], []
+    def step_logits(
+        self, prepared: tuple[()], state: State, code: UInt8[Array, " B"], position: Array,
+        start: Array,
+    ) -> tuple[State, Float32[Array, "B 256"]]:  # fmt: skip
+        x, queues, units = self._start(code), [], []
         for layer, dilation, queue in zip(
             self.layers, self.config.dilations, state.queues, strict=True
         ):
-            place = index % dilation
+            place = position % dilation
             older = lax.dynamic_index_in_dim(queue, place, 1, keepdims=False)
             queues.append(lax.dynamic_update_index_in_dim(queue, x, place, 1))
             x, gated = layer(older, x)

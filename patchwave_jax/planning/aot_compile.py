@@ -41,7 +41,7 @@ class Program:
 def compile_programs(step: Step) -> list[Program]:
     """`accumulate` and `apply`, compiled ahead of time for the devices of the step's mesh."""
     state, config = step.abstract_state, step.config
-    (rows, count), everywhere = step.micro_batch, replicated(step.mesh)
+    rows, count, everywhere = step.micro.rows, step.micro.count, replicated(step.mesh)
     zero = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
     total = (zero, state["params"])
     codes = jax.ShapeDtypeStruct(

@@ -16,9 +16,9 @@ from patchwave_jax.data import quantisers
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError
 from patchwave_jax.evaluation import protocol
+from patchwave_jax.evaluation.evaluator import Evaluator
 from patchwave_jax.evaluation.measure import Targets
 from patchwave_jax.evaluation.nll import LN2, MODEL, NllAccumulator
-from patchwave_jax.evaluation.protocol import Evaluator
 from patchwave_jax.reporting import figures
 
 EXCERPTS = 4

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ def run(main: Callable[[], None], *, agrees_to_stop: bool = False) -> None:
     With `agrees_to_stop` SIGTERM is for `stop_agreed` to tell; else it ends the process. One that
     fails leaves at once, which the others notice: to wait for them were to wait for each other.
     """
+    keep_compilations()
     jax.config.update("jax_enable_preemption_service", agrees_to_stop)
     exits_cleanly(start)()
     if jax.process_count() == 1:
@@ -120,8 +122,8 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def least(value: float) -> float:
-    """The least `value` of all processes; all have to ask."""
+def process_min(value: float) -> float:
+    """The smallest `value` of all processes; all have to call it."""
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.process_allgather(np.float32(value)).min())
@@ -129,7 +131,7 @@ def least(value: float) -> float:
 
 def all_agree(yes: bool) -> bool:
     """Whether it is so in every process; all have to ask."""
-    return least(float(yes)) == 1
+    return process_min(float(yes)) == 1
 
 
 def wait_for_all(what: str) -> None:
@@ -143,3 +145,13 @@ def stop_agreed(step: int, stopping: Callable[[], bool]) -> bool:
     if jax.process_count() == 1:
         return stopping()
     return multihost_utils.reached_preemption_sync_point(step)
+
+
+def keep_compilations() -> None:
+    """Has JAX cache compiled programs in `~/.cache/patchwave_jax/compiled`, for faster starts.
+
+    `JAX_COMPILATION_CACHE_DIR` names another place, `JAX_ENABLE_COMPILATION_CACHE=0` turns it off.
+    """
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore
+        folder = Path.home() / ".cache/patchwave_jax/compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))

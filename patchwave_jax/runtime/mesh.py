@@ -1,8 +1,7 @@
 """The mesh of devices, and how arrays lie on it.
 
 It has the axis `data`, over which a batch's rows are split, and may have `context`, whose devices
-share each row (see `patchwave_jax.models.context_parallel`). Parameters are replicated, or split
-over all devices.
+share each row (see `patchwave_jax.models.context_parallel`). Parameters are replicated.
 """
 
 from collections.abc import Sequence
@@ -45,20 +44,7 @@ def context_shards(config: Config, mesh: Mesh) -> Shards | None:
     count = mesh.shape.get(AXIS, 1)
     if count == 1:
         return None
-    if config.is_baseline or config.objective != "dense":
-        raise UserError(
-            f"config.run.context_devices is {count}, but only the windows of the patch model with "
-            "config.objective='dense' are shared; set it to 1"
-        )
-    phases = config.patch_model.patch_samples // config.train.hop
-    for what, total in (
-        (f"{config.patches} patches", config.patches),
-        (f"{phases} phases", phases),
-    ):
-        if total % count:
-            raise UserError(
-                f"config.run.context_devices {count} does not divide the {what} of a row"
-            )
+    config.model.check_shards(count, config.context_samples, config.causal)
     return Shards(count)
 
 
@@ -68,15 +54,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def by_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
-
-
-def by_longest_axis(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """Split over all devices along the longest axis that they divide, or replicated if none is."""
-    divided = [axis for axis, size in enumerate(shape) if size % mesh.size == 0]
-    if not divided:
-        return replicated(mesh)
-    axis = max(divided, key=lambda axis: shape[axis])
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
 
 
 def one_device(mesh: Mesh) -> Any:

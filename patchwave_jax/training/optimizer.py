@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from patchwave_jax.config import Config
-from patchwave_jax.models.sashimi import S4_LEARNING_RATE, SaShiMiConfig, s4_parameters
 
 
 def make_schedule(config: Config) -> optax.Schedule:
@@ -32,16 +31,21 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Adam, with decoupled weight decay of matrices and clipping where the recipe has them.
 
-    S4's own parameters have their own learning rate, in step with all others', and no decay.
+    Parameters with a learning rate of their own (`ModelConfig.own_learning_rate`) have no decay,
+    and the same schedule.
     """
-    train, own = config.train, []
+    train, own = config.train, config.model.own_learning_rate()
 
     def decayed(params: Any) -> Any:
-        return jax.tree.map(lambda x, s4: x.ndim > 1 and not s4, params, s4_parameters(params))
+        matrices = jax.tree.map(lambda x: x.ndim > 1, params)
+        if own is None:
+            return matrices
+        return jax.tree.map(lambda matrix, own: matrix and not own, matrices, own[1](params))
 
-    if isinstance(config.model, SaShiMiConfig):
-        slower = optax.scale(S4_LEARNING_RATE / train.learning_rate)
-        own = [optax.masked(slower, s4_parameters)]
+    scaled = []
+    if own is not None:
+        rate, mask = own
+        scaled = [optax.masked(optax.scale(rate / train.learning_rate), mask)]
     return optax.chain(
         optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity(),
         optax.adamw(
@@ -50,5 +54,5 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             weight_decay=train.weight_decay,
             mask=decayed,
         ),
-        *own,
+        *scaled,
     )

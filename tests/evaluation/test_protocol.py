@@ -5,18 +5,18 @@ import collections
 import jax
 import numpy as np
 import pytest
-from conftest import OURS, SMALL, random_codes, random_model
+from conftest import CLIP_LENGTHS, OURS, SMALL, random_codes, random_model
 from flax import nnx
 from jax.sharding import AxisType
 
 from patchwave_jax.config import Config, DataConfig
 from patchwave_jax.data.quantisers import SILENCE
 from patchwave_jax.errors import UserError
-from patchwave_jax.evaluation import protocol
-from patchwave_jax.evaluation.protocol import Evaluator, contexts, default_stride, plan
+from patchwave_jax.evaluation import evaluator as evaluator_module
+from patchwave_jax.evaluation.evaluator import Evaluator
+from patchwave_jax.evaluation.protocol import contexts, default_stride, plan
 
 SIZE, PATCHES = SMALL.patch_samples, 4
-LENGTHS = (SIZE * 9 + 17, SIZE - 1, SIZE * PATCHES + 1, 1)
 
 
 def make_config(objective: str, model=SMALL, quantiser="mulaw") -> Config:
@@ -31,7 +31,7 @@ def make_config(objective: str, model=SMALL, quantiser="mulaw") -> Config:
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
     """Otherwise most of a batch were padding here."""
-    monkeypatch.setattr(protocol, "BATCH_SAMPLES", 500)
+    monkeypatch.setattr(evaluator_module, "BATCH_SAMPLES", 500)
 
 
 def some_devices(count: int):
@@ -99,7 +99,7 @@ def brute_force(model, clips, stride: int):
 )
 def test_equals_brute_force_in_the_patch_form(objective, config, quantiser, stride):
     model = random_model(config, causal=objective == "dense", quantiser=quantiser)
-    clips = [random_codes(length, seed=i) for i, length in enumerate(LENGTHS)]
+    clips = [random_codes(length, seed=i) for i, length in enumerate(CLIP_LENGTHS)]
     log_probs, reach = score(make_config(objective, config, quantiser), model, clips, stride)
     expected, expected_reach = brute_force(model, clips, stride)
     np.testing.assert_allclose(np.concatenate(log_probs), expected, rtol=1e-5, atol=1e-4)
@@ -109,7 +109,7 @@ def test_equals_brute_force_in_the_patch_form(objective, config, quantiser, stri
 @pytest.mark.parametrize("objective", ["dense", "last"])
 def test_the_number_of_devices_does_not_matter(objective):
     model = random_model(SMALL, causal=objective == "dense")
-    clips = [random_codes(length, seed=i) for i, length in enumerate(LENGTHS)]
+    clips = [random_codes(length, seed=i) for i, length in enumerate(CLIP_LENGTHS)]
     one, eight = (score(make_config(objective), model, clips, 2, devices)[0] for devices in (1, 8))
     np.testing.assert_allclose(np.concatenate(one), np.concatenate(eight), rtol=1e-5, atol=1e-5)
 

@@ -14,13 +14,16 @@ from flax import nnx
 from jax.sharding import AxisType
 from scipy import stats
 
-from patchwave_jax.config import Config, DataConfig, PatchWaveConfig, RunConfig
+from patchwave_jax.config import Config, DataConfig, RunConfig
 from patchwave_jax.data import quantisers
 from patchwave_jax.errors import UserError
+from patchwave_jax.evaluation import evaluator as evaluator_module
 from patchwave_jax.evaluation import protocol
-from patchwave_jax.generation import check, preview, sampler
+from patchwave_jax.generation import check, preview
 from patchwave_jax.generation.sampler import Sampler
 from patchwave_jax.generation.sampling_params import SamplingParams
+from patchwave_jax.models.patchwave import model as model_module
+from patchwave_jax.models.patchwave.config import PatchWaveConfig
 from patchwave_jax.models.predictors.bank import Prediction
 
 ONE_FRAME = dataclasses.replace(  # its encoder ends with a single frame; more taps than kernel
@@ -61,8 +64,8 @@ def patch_form(config: Config, model, codes: np.ndarray, first: int, stride: int
     padded = np.pad(codes, ends, constant_values=quantisers.SILENCE)  # of a patch before and after
     found = np.zeros((rows, samples + size))
     for window in protocol.plan([samples], config, stride):
-        begin = window.first - (window.patches - window.newest) * size
-        for token in range((window.first - begin) // size, window.patches):
+        begin = window.first - (window.units - window.last_n) * size
+        for token in range((window.first - begin) // size, window.units):
             low = begin + token * size
             if low >= samples:
                 break
@@ -70,7 +73,7 @@ def patch_form(config: Config, model, codes: np.ndarray, first: int, stride: int
             windows = [padded[:, t - token * size : t + size + 1] for t in range(low, low + size)]
             read = np.stack(windows, 1).reshape(rows * size, -1)
             if not model.causal:
-                fill = ((0, 0), ((config.patches - token - 1) * size, 0))
+                fill = ((0, 0), ((config.window_units - token - 1) * size, 0))
                 read = np.pad(read, fill, constant_values=quantisers.SILENCE)
             found[:, low : low + size] = np.asarray(forward(read)).reshape(rows, size)
     return found[:, first:samples]
@@ -92,7 +95,7 @@ def test_cached_equals_patch_form_across_slides(
 ):
     """Thousands of samples, each compared with the model run anew on its own window."""
     if model is OTHER_PATCH:  # compile for 3 tokens, and then for all
-        monkeypatch.setattr(sampler, "SHOWN_TOKENS", 3)
+        monkeypatch.setattr(model_module, "VISIBLE_TOKENS", 3)
     config, reference, params = make(model, objective, quantiser=quantiser)
     given = random_codes(2, prompt)
     streams = Sampler(config, params, mesh(), num=2, stride_patches=stride)
@@ -112,10 +115,10 @@ def test_every_devices_streams_equal_the_evaluation_after_a_long_prompt(model):
     config, _, params = make(model)
     streams = Sampler(config, params, mesh(8), num=11)
     given = random_codes(11, 905)
-    streams.prime(given[:, 905 - streams.reach :], 905)
+    streams.prime(given[:, 905 - streams.lookback :], 905)
     codes, log_probs = run_to(streams, 1300)
     codes = np.concatenate([given, codes], 1)
-    evaluator = protocol.Evaluator(config, mesh())
+    evaluator = evaluator_module.Evaluator(config, mesh())
     windows = protocol.plan([1300] * 11, config, streams.stride_patches)
     expected = np.zeros(codes.shape)
     for scored in evaluator.score(params, codes.__getitem__, windows):
@@ -136,11 +139,11 @@ def test_taken_up_again_it_goes_on_to_the_last_bit(model, objective):
     streams.prime(prompt, 61)
     codes, log_probs = run_to(streams, end)
     codes = np.concatenate([prompt, codes], 1)
-    assert sum(piece.size for piece in streams._pieces) < 2 * 2 * streams.reach  # not the clip
+    assert sum(piece.size for piece in streams._pieces) < 2 * 2 * streams.lookback  # not the clip
     for stopped in (100, 333, 480, 611):
         at = streams.rewind(stopped, 61)
         assert at <= stopped
-        streams.prime(codes[:, max(0, at - streams.reach) : at], at)
+        streams.prime(codes[:, max(0, at - streams.lookback) : at], at)
         while streams.position < stopped:
             streams.run(given=codes[:, streams.position : stopped])
         resumed, resumed_log_probs = run_to(streams, end)
@@ -152,7 +155,7 @@ def test_a_clip_is_the_same_whatever_the_batch_and_differs_from_the_others():
     config, _, params = make(SMALL)
 
     def clips(num, seed):
-        streams = Sampler(config, params, mesh(), num=num, knobs=SamplingParams(seed=seed))
+        streams = Sampler(config, params, mesh(), num=num, sampling=SamplingParams(seed=seed))
         streams.prime(np.zeros((num, 0), np.uint8), 0)
         return run_to(streams, 400)[0]
 
@@ -237,7 +240,7 @@ def test_the_mixtures_drawing_logits_are_its_logits(quantiser, rng):
     _, made, _ = make(OURS, quantiser=quantiser)
     hidden = jnp.asarray(rng.normal(size=(64, OURS.readout_width)), jnp.float32)
     mean = jnp.asarray(rng.uniform(-1, 1, 64), jnp.float32)
-    prediction = Prediction(mean, jnp.full(64, np.exp(-5.0), jnp.float32), None, None)
+    prediction = Prediction(mean, jnp.full(64, np.exp(-5.0), jnp.float32), None)
     exact = np.asarray(made.head.logits(hidden, prediction))
     cheap = np.asarray(made.head.drawing_logits(hidden, prediction))
     np.testing.assert_allclose(cheap, exact, rtol=1e-4, atol=1e-4)
@@ -264,7 +267,7 @@ def test_a_model_that_is_not_a_number_is_an_error():
     made.norm.scale[...] = jnp.full_like(made.norm.scale[...], np.nan)
     streams = Sampler(config, nnx.state(made), mesh(), num=1)
     streams.prime(np.zeros((1, 0), np.uint8), 0)
-    with pytest.raises(UserError, match="not numbers from sample 0"):
+    with pytest.raises(UserError, match="not finite from sample 0"):
         streams.run()
 
 
@@ -272,7 +275,7 @@ def test_a_model_that_is_not_a_number_is_an_error():
 def test_check_passes(model, objective, monkeypatch):
     monkeypatch.setattr(check, "CHECK_SAMPLES", 150)
     config, _, params = make(model, objective)
-    found = check.check(protocol.Evaluator(config, mesh()), params, random_codes(100))
+    found = check.check(evaluator_module.Evaluator(config, mesh()), params, random_codes(100))
     assert found.passed
     assert found.samples == 450
     assert found.slides >= 1
@@ -283,7 +286,7 @@ def test_check_passes_in_bfloat16(monkeypatch):
     monkeypatch.setattr(check, "CHECK_SAMPLES", 150)
     config, _, params = make(dataclasses.replace(OURS, compute_dtype="bfloat16"), "last")
     params = jax.tree.map(lambda x: 0.3 * x, params)
-    assert check.check(protocol.Evaluator(config, mesh()), params, random_codes(100)).passed
+    assert check.check(evaluator_module.Evaluator(config, mesh()), params, random_codes(100)).passed
 
 
 def test_check_fails_if_generation_is_wrong(monkeypatch):
@@ -299,7 +302,7 @@ def test_check_fails_if_generation_is_wrong(monkeypatch):
         self._state = self._state._replace(caches=caches)
 
     monkeypatch.setattr(Sampler, "_prime", wrong)
-    found = check.check(protocol.Evaluator(config, mesh()), params, random_codes(100))
+    found = check.check(evaluator_module.Evaluator(config, mesh()), params, random_codes(100))
     assert not found.passed
     assert str(found).startswith("FAIL")
 
@@ -322,7 +325,7 @@ def test_greedy_continuation_of_a_periodic_signal_continues_the_period():
     @jax.jit
     def update(params, state, segments):
         def loss(params):
-            return -nnx.merge(graphdef, params).dense_log_prob(segments).mean()
+            return -nnx.merge(graphdef, params).log_probs(segments, 3 * size).mean()
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradient, state)
@@ -335,7 +338,7 @@ def test_greedy_continuation_of_a_periodic_signal_continues_the_period():
         params, state, nats = update(params, state, segments)
     assert nats < 0.05
     prompt = signal[None, 5 : 5 + 3 * size]
-    streams = Sampler(config, params, mesh(), num=1, knobs=SamplingParams(temperature=0))
+    streams = Sampler(config, params, mesh(), num=1, sampling=SamplingParams(temperature=0))
     streams.prime(prompt, 3 * size)
     codes, _ = run_to(streams, 20 * size)
     np.testing.assert_array_equal(codes[0], signal[5 + 3 * size : 5 + 20 * size])
@@ -347,7 +350,7 @@ def test_clips_made_in_training_are_the_samplers(objective, tmp_path):
     config = dataclasses.replace(config, seed=4, run=RunConfig(sample_seconds=0.005))
     assert preview.make(config, params, tmp_path, 7, lambda: True).size == 0
     pcm = preview.make(config, params, tmp_path, 7, lambda: False)
-    streams = Sampler(config, params, mesh(), num=2, knobs=SamplingParams(seed=4))
+    streams = Sampler(config, params, mesh(), num=2, sampling=SamplingParams(seed=4))
     streams.prime(np.zeros((2, 0), np.uint8), 0)
     codes, log_probs = run_to(streams, 80)
     np.testing.assert_array_equal(pcm, quantisers.get("linear").decode(codes))

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SMALL, random_model, smooth_codes
+from conftest import CLIP_LENGTHS, SMALL, random_model, smooth_codes
 from flax import nnx
 from jax.sharding import AxisType, Mesh
-from test_sliding import LENGTHS
 
 from patchwave_jax.config import Config, RunConfig, TrainConfig
 from patchwave_jax.errors import UserError
-from patchwave_jax.evaluation import protocol
-from patchwave_jax.evaluation.protocol import Evaluator, plan
+from patchwave_jax.evaluation import evaluator as evaluator_module
+from patchwave_jax.evaluation.evaluator import Evaluator
+from patchwave_jax.evaluation.protocol import plan
 from patchwave_jax.runtime import mesh as mesh_module
 from patchwave_jax.runtime.mesh import make_mesh
 from patchwave_jax.training.step import make_step
@@ -72,17 +72,17 @@ def gradient_of(config: Config, mesh: Mesh, codes) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("model", "hop", "chunks", "shapes"),
+    ("model", "chunks", "shapes"),
     [
-        (OURS, 1, (5, 1), [(2, 4)]),
-        (HALF, 2, (0, 0), [(1, 2)]),
-        (PLAIN, 3, (0, 2), [(1, 2), (2, 2), (1, 4)]),
+        (OURS, (5, 1), [(2, 4)]),
+        (HALF, (0, 0), [(1, 2)]),
+        (PLAIN, (0, 2), [(2, 2), (1, 4)]),
     ],
 )
-def test_loss_and_gradient_equal_those_of_one_device(model, hop, chunks, shapes):
+def test_loss_and_gradient_equal_those_of_one_device(model, chunks, shapes):
     """By one exchange each way and one reduction."""
     run = RunConfig(phase_chunk=chunks[0], encode_chunk_patches=chunks[1])
-    config = make_config(model, hop=hop, run=run)
+    config = make_config(model, run=run)
     codes = smooth_codes(2, config.window_samples)
     nats, gradient, moving = gradient_of(config, mesh_of(1, 1), codes)
     assert moving == []
@@ -101,10 +101,10 @@ def test_loss_and_gradient_equal_those_of_one_device(model, hop, chunks, shapes)
 
 @pytest.mark.parametrize("model", [OURS, PLAIN])
 def test_evaluation_equals_that_of_one_device(model, monkeypatch):
-    monkeypatch.setattr(protocol, "BATCH_SAMPLES", 500)
+    monkeypatch.setattr(evaluator_module, "BATCH_SAMPLES", 500)
     config = make_config(model, patches=4, run=RunConfig(encode_chunk_patches=1))
     params = nnx.state(random_model(model, causal=True))
-    clips = [smooth_codes(1, length, seed=i)[0] for i, length in enumerate(LENGTHS)]
+    clips = [smooth_codes(1, length, seed=i)[0] for i, length in enumerate(CLIP_LENGTHS)]
     windows = plan([clip.size for clip in clips], config, 1)
     one, eight = (
         {
@@ -122,18 +122,14 @@ def test_evaluation_equals_that_of_one_device(model, monkeypatch):
     ("changes", "message"),
     [
         ({"context_samples": 360}, "context_devices 4 does not divide the 6 patches"),
-        (
-            {"train": TrainConfig(batch_size=4, hop=10)},
-            "context_devices 4 does not divide the 6 phases",
-        ),
         ({"objective": "last"}, "context_devices is 4, but only .* config.objective='dense'"),
         (
             {"run": RunConfig(phase_chunk=30)},
-            "config.run.phase_chunk 30 does not divide a device's 15",
+            "config.run.phase_chunk 30 does not divide the 15 of a device",
         ),
         (
             {"run": RunConfig(encode_chunk_patches=4)},
-            "encode_chunk_patches 4 does not divide a device's 2",
+            "encode_chunk_patches 4 does not divide the 2 of a device",
         ),
         ({"train": TrainConfig(batch_size=3)}, "config.train.batch_size 3 is not a multiple of 2"),
     ],

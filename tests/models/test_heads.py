@@ -1,5 +1,7 @@
 """The heads: normalised over the 256 codes, safe at the edges, started from linear prediction."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,27 +10,23 @@ from flax import nnx
 
 from patchwave_jax.data import quantisers
 from patchwave_jax.evaluation import classical
+from patchwave_jax.models.patchwave.config import PatchWaveConfig
 from patchwave_jax.models.patchwave.heads import LogisticMixture, Softmax, _correlate
 from patchwave_jax.models.predictors.bank import Prediction
 
+CONFIG = PatchWaveConfig(readout_width=6, mixture_components=3)
+
 
 def mixture(quantiser="mulaw", taps=8) -> LogisticMixture:
-    return LogisticMixture(
-        6,
-        components=3,
-        taps=taps,
-        adaptive=0,
-        quantiser=quantiser,
-        dtype=jnp.dtype("float32"),
-        rngs=nnx.Rngs(0),
-    )
+    config = dataclasses.replace(CONFIG, predictor_taps=taps)
+    return LogisticMixture(config, quantiser, rngs=nnx.Rngs(0))
 
 
 def around(head: LogisticMixture, mean) -> Prediction:
     """What the head's own linear prediction gives where it predicts `mean`."""
     mean = jnp.asarray(mean, jnp.float32)
     scale = jnp.broadcast_to(jnp.exp(head.log_scale[...]), mean.shape)
-    return Prediction(mean, scale, None, None)
+    return Prediction(mean, scale, None)
 
 
 @pytest.mark.parametrize("quantiser", quantisers.NAMES)
@@ -72,28 +70,22 @@ def test_log_prob_is_the_logit_of_its_code(rng):
     hidden = jnp.asarray(rng.normal(size=(256, 6)), jnp.float32)
     prediction = around(mixture(), rng.uniform(-1, 1, 256))
     codes = np.arange(256, dtype=np.uint8)
-    for head in (mixture(), Softmax(6, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))):
-        log_probs = jax.nn.log_softmax(head.logits(hidden, prediction))  # pyright: ignore
-        got = head.log_prob(hidden, prediction, jnp.asarray(codes))  # pyright: ignore
+    softmax = Softmax(CONFIG, "mulaw", rngs=nnx.Rngs(0))
+    for head, conditioning in ((mixture(), (prediction,)), (softmax, ())):
+        log_probs = jax.nn.log_softmax(head.logits(hidden, *conditioning))  # pyright: ignore
+        got = head.log_prob(hidden, jnp.asarray(codes), *conditioning)  # pyright: ignore
         np.testing.assert_allclose(got, np.diag(log_probs), rtol=1e-5, atol=2e-5)
 
 
 def test_a_component_leans_towards_single_predictors(rng):
     """Means by hand from the linear layer's outputs: weight, offset, scale, one for each."""
-    head = LogisticMixture(
-        6,
-        components=3,
-        taps=8,
-        adaptive=2,
-        quantiser="mulaw",
-        dtype=jnp.dtype("float32"),
-        rngs=nnx.Rngs(0),
-    )
+    config = dataclasses.replace(CONFIG, adaptive_taps=(4, 8), adaptive_windows=(40, 40))
+    head = LogisticMixture(config, "mulaw", rngs=nnx.Rngs(0))
     hidden = jnp.asarray(rng.normal(0, 5, (40, 6)), jnp.float32)
     mean, scale = rng.uniform(-0.5, 0.5, 40), rng.uniform(0.01, 0.1, 40)
     others = rng.normal(size=(40, 3))
     values = (jnp.asarray(x, jnp.float32) for x in (mean, scale, others))
-    prediction = Prediction(*values, None)
+    prediction = Prediction(*values)
     raw = np.asarray(head.linear(hidden), np.float64).reshape(40, 3, 6)
     offsets = raw[..., 1] + np.einsum("nkj,nj->nk", raw[..., 3:], others)
     _, means, log_scales = head._mixture(hidden, prediction)
@@ -109,7 +101,7 @@ def test_gradients_are_finite_everywhere(rng):
 
     def loss(params, hidden, prediction):
         head = nnx.merge(graphdef, params)
-        return head.log_prob(hidden, around(head, prediction), codes).sum()
+        return head.log_prob(hidden, codes, around(head, prediction)).sum()
 
     for scale in (0.1, 100.0):
         hidden = jnp.asarray(rng.normal(0, scale, (512, 6)), jnp.float32)
@@ -139,8 +131,8 @@ def test_an_untrained_mixture_is_near_linear_prediction(rng):
     taps, scale = classical.fit_linear([codes], quantiser, 8)
     head = mixture()
     head.start_from(taps, scale)
-    prediction = jax.tree.map(lambda x: x[0], head.predict(jnp.asarray(codes[None, :-1])))
+    (prediction,), _ = jax.tree.map(lambda x: x[0], head.condition(jnp.asarray(codes[None]), 8))
     hidden = jnp.zeros((codes.size - 8, 6))
-    bits = -float(head.log_prob(hidden, prediction, jnp.asarray(codes[8:])).mean()) / np.log(2)
+    bits = -float(head.log_prob(hidden, jnp.asarray(codes[8:]), prediction).mean()) / np.log(2)
     yardstick = classical.fit([codes], quantiser).log_probs(codes, ["linear-32"])["linear-32"]
     assert bits < -float(yardstick[32:].mean()) / np.log(2) + 1

@@ -10,8 +10,9 @@ import pytest
 from conftest import ADAPTIVE, OTHER_PATCH, OURS, SMALL, random_codes, random_model, smooth_codes
 from flax import nnx
 
-from patchwave_jax.config import PatchWaveConfig
 from patchwave_jax.data.quantisers import SILENCE
+from patchwave_jax.models.base import Execution
+from patchwave_jax.models.patchwave.config import PatchWaveConfig
 from patchwave_jax.models.patchwave.model import PatchWave
 from patchwave_jax.models.patchwave.transformer import QUERY_BLOCK, Attention, positions
 
@@ -38,7 +39,7 @@ def test_the_papers_size():
 @pytest.mark.parametrize("config", [SMALL, OURS, OTHER_PATCH], ids=["paper", "ours", "other-patch"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_dense_form_equals_patch_form(config, causal):
-    """Every target of a segment, in logits, for hops finer and coarser than the strides."""
+    """Every target of a segment, in logits."""
     model, size, patches = random_model(config, causal=causal), config.patch_samples, 3
     segment = random_codes(2, (patches + 1) * size)
 
@@ -56,8 +57,8 @@ def test_dense_form_equals_patch_form(config, causal):
         logits = patch_form(windows.reshape(2 * size, -1))
         expected[:, (token - 1) * size : token * size] = logits.reshape(2, size, 256)
 
-    dense_logits = jax.jit(model.dense_logits, static_argnums=1)
-    for hop in (h for h in (1, 4, size) if size % h == 0):
+    dense_logits = jax.jit(model.logits, static_argnums=1)
+    for hop in (1, 4):
         dense = jax.nn.log_softmax(dense_logits(segment, hop))
         np.testing.assert_allclose(
             dense, expected[:, ::hop], rtol=1e-5, atol=2e-5, err_msg=f"hop {hop}"
@@ -69,13 +70,13 @@ def test_dense_form_equals_patch_form_with_adaptive_predictors():
     model, size, patches = random_model(ADAPTIVE, causal=True), ADAPTIVE.patch_samples, 5
     segment = smooth_codes(2, (patches + 1) * size)
     patch_form = jax.jit(model.next_sample_logits, static_argnums=1)
-    assert patches * size >= model.predictors.lookback + 19
+    assert patches * size >= model.head.lookback + 19
     expected = {
         phase: jax.nn.log_softmax(patch_form(segment[:, phase:][:, : patches * size], phase % 20))
         for phase in (0, 1, 20, 27, 39)
     }
     for hop in (1, 4):
-        dense = jax.nn.log_softmax(jax.jit(model.dense_logits, static_argnums=1)(segment, hop))
+        dense = jax.nn.log_softmax(jax.jit(model.logits, static_argnums=1)(segment, hop))
         newest = dense[:, dense.shape[1] - size // hop :]
         for phase, logits in expected.items():
             if phase % hop == 0:
@@ -85,7 +86,7 @@ def test_dense_form_equals_patch_form_with_adaptive_predictors():
 def test_dense_form_equals_patch_form_at_the_papers_patch():
     model = random_model(LARGE_PATCH, causal=True)
     segment = random_codes(1, 4 * 2000)
-    dense_logits = jax.jit(model.dense_logits, static_argnums=1)
+    dense_logits = jax.jit(model.logits, static_argnums=1)
     patch_form = jax.jit(model.next_sample_logits)
     for hop in (1, 8):
         dense = jax.nn.log_softmax(dense_logits(segment, hop))
@@ -100,30 +101,32 @@ def test_dense_form_equals_patch_form_at_the_papers_patch():
 def test_log_probs_and_chunks_equal_logits(config):
     model, size = random_model(config, causal=True), config.patch_samples
     segment = random_codes(2, 5 * size)
-    logits = jax.nn.log_softmax(jax.jit(model.dense_logits, static_argnums=1)(segment, 2))
-    expected = np.take_along_axis(np.asarray(logits), segment[:, size::2, None].astype(int), -1)
-    for kwargs in ({}, {"phase_chunk": 6}, {"chunk_patches": 2}, {"newest": 3, "phase_chunk": 15}):
-        got = jax.jit(partial(model.dense_log_prob, hop=2, **kwargs))(segment)
-        wanted = expected[:, -got.shape[1] :, 0]
-        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-5, err_msg=str(kwargs))
-        assert got.shape[1] == kwargs.get("newest", 4) * size // 2
+    logits = jax.nn.log_softmax(jax.jit(model.logits)(segment))
+    expected = np.take_along_axis(np.asarray(logits), segment[:, size:, None].astype(int), -1)
+    for last_n, *chunks in ((4, None, None), (4, 6, 2), (3, 15, None)):
+        model.execution = Execution(*chunks)
+        got = jax.jit(model.log_probs, static_argnums=1)(segment, last_n * size)
+        wanted = expected[:, -last_n * size :, 0]
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-5, err_msg=str(chunks))
 
 
 def test_chunks_leave_the_gradient_as_it_is():
     model = random_model(OURS, causal=True)
-    graphdef, params = nnx.split(model)
-    segment = random_codes(2, 5 * OURS.patch_samples)
+    size = OURS.patch_samples
+    segment = random_codes(2, 5 * size)
+    _, params = nnx.split(model)
 
-    def plain(params):
-        nats = -nnx.merge(graphdef, params).dense_log_prob(segment)
+    def plain(params, graphdef):
+        nats = -nnx.merge(graphdef, params).log_probs(segment, 4 * size)
         return nats.mean(), nats.mean(1)
 
-    def loss(params, **kwargs):
-        return nnx.merge(graphdef, params).dense_nats(segment, **kwargs)
+    def loss(params, graphdef):
+        return nnx.merge(graphdef, params).dense_nats(segment)
 
     of = partial(jax.value_and_grad, has_aux=True)
-    whole = jax.jit(of(plain))(params)
-    pieces = jax.jit(of(partial(loss, phase_chunk=20, chunk_patches=1)))(params)
+    whole = jax.jit(of(plain), static_argnums=1)(params, nnx.graphdef(model))
+    model.execution = Execution(20, 1)
+    pieces = jax.jit(of(loss), static_argnums=1)(params, nnx.graphdef(model))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, pieces)
 
 
@@ -141,8 +144,8 @@ def test_last_objective_equals_logits(config):
 def test_predictions_on_a_tpu_are_made_of_full_precision_products():
     """Not of its default, one pass in bfloat16, nor of its library's Fourier transforms."""
     model = random_model(ADAPTIVE, causal=True)
-    first = model.predictors.lookback
-    predict = jax.jit(lambda codes: model._predict(codes, first))
+    first = model.head.lookback
+    predict = jax.jit(lambda codes: model.head.condition(codes, first))
     traced = predict.trace(random_codes(1, first + 2 * ADAPTIVE.patch_samples))
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
@@ -160,11 +163,11 @@ def test_dense_form_is_causal_by_gradient():
     targets = [0, 1, size - 1, size, 2 * size + 7, 3 * size - 1]
 
     def logit(values, index):
-        # The encoder of a segment leaves out the newest `hop` samples: no target comes after them.
+        # The encoder of a segment leaves out the newest sample: no target comes after it.
         inputs = lambda self, c: values[:, values.shape[1] - 1 - c.shape[1] : -1]  # noqa: E731
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(encoder, "inputs", inputs)
-            return model.dense_logits(codes)[0, index] @ jnp.arange(256.0)
+            return model.logits(codes)[0, index] @ jnp.arange(256.0)
 
     gradient_of = jax.jit(jax.grad(logit))
     for index in targets:
@@ -183,14 +186,14 @@ def test_patch_form_sees_all_of_the_window_but_what_its_receptive_field_leaves_o
 
     def logit(values):
         tokens = [_encode(model, values[i]) for i in range(3)]
-        states = model.transform(jnp.concatenate([t for t, _ in tokens], 1))
-        return model.head.logits(model.hidden(states[:, -1], tokens[-1][1][:, 0], None), None)[0, 7]
+        states, _ = model.transform(jnp.stack([t for t, _ in tokens], 1))
+        return model.head.logits(model.hidden(states[:, -1], tokens[-1][1], ()))[0, 7]
 
     def _encode(model, patch):
         inputs = lambda self, c: patch[:, -c.shape[1] :]  # noqa: E731
         with pytest.MonkeyPatch.context() as m:
             m.setattr(type(model.encoder), "inputs", inputs)
-            return model.encoder(codes[:, :2000], 0, 1)
+            return model.encoder.patch(codes[:, :2000])
 
     gradient = np.abs(jax.jit(jax.grad(logit))(values)).reshape(3, 2000)
     assert (gradient[:, 0] == 0).all()  # 1999 of the 2000 samples, the oldest is not seen
@@ -210,7 +213,7 @@ def test_folded_attention_equals_the_plain_form(causal):
     mask = np.tril(np.ones((count, count), bool)) if causal else True
 
     def folded(params, x):
-        return jnp.sin(nnx.merge(graphdef, params)(x, causal))
+        return jnp.sin(nnx.merge(graphdef, params)(x, causal)[0])
 
     def plain(params, x):
         a = nnx.merge(graphdef, params)
@@ -244,10 +247,10 @@ def test_dropout_drops_whole_tokens_and_is_off_without_a_key():
     config = dataclasses.replace(SMALL, token_dropout=0.5, num_layers=0)
     model = random_model(config, causal=True)
     tokens = jnp.ones((64, 4, 16))
-    dropped = np.asarray(jax.jit(model.transform)(tokens, jax.random.key(0)))
+    dropped = np.asarray(jax.jit(model.transform)(tokens, jax.random.key(0))[0])
     zero = (dropped == 0).all(-1)
     assert 0.4 < zero.mean() < 0.6
-    kept = np.asarray(jax.jit(model.transform)(tokens))[~zero]
+    kept = np.asarray(jax.jit(model.transform)(tokens)[0])[~zero]
     np.testing.assert_allclose(dropped[~zero], 2 * kept, rtol=1e-6)
 
 
@@ -258,6 +261,7 @@ def test_bfloat16_stays_near_float32():
         PatchWave(config, causal=True, quantiser="mulaw", rngs=nnx.Rngs(0))
         for config in (OURS, half)
     ]
-    a, b = (jax.jit(model.dense_log_prob)(segment) for model in models)
+    last_n = 2 * OURS.patch_samples
+    a, b = (jax.jit(model.log_probs, static_argnums=1)(segment, last_n) for model in models)
     assert b.dtype == jnp.float32
     assert float(jnp.abs(a - b).mean() / jnp.abs(a).mean()) < 0.01

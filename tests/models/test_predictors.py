@@ -11,23 +11,25 @@ from scipy.signal import lfilter
 
 from patchwave_jax.data import quantisers
 from patchwave_jax.models.predictors import least_squares
-from patchwave_jax.models.predictors.bank import Predictors, noise_of, waveform_of
+from patchwave_jax.models.predictors.adaptive import AdaptivePredictors
+from patchwave_jax.models.predictors.bank import PredictorBank
 from patchwave_jax.models.predictors.kalman import Denoiser
 
-PREDICTORS = Predictors((5, 100), (90, 400), 20)
-CLEAN = Predictors((5, 100), (90, 400), 20, Denoiser(4, 80, 20))
+PREDICTORS = AdaptivePredictors((5, 100), (90, 400), 20)
+DENOISED = AdaptivePredictors((5, 100), (90, 400), 20, Denoiser(4, 80, 20))
+BANK = PredictorBank((PREDICTORS,), 20, "mulaw")
 EDGES = quantisers.get("mulaw").edges
 FIRST = 700
 
 
 @pytest.fixture(scope="module")
 def waveform() -> np.ndarray:
-    return np.asarray(waveform_of(jnp.asarray(smooth_codes(2, 1_000)), "mulaw"))
+    return np.asarray(BANK.decode(jnp.asarray(smooth_codes(2, 1_000)))[0])
 
 
 @pytest.fixture(scope="module")
 def noise() -> np.ndarray:
-    return np.asarray(noise_of(jnp.asarray(smooth_codes(2, 1_000)), "mulaw"))
+    return np.asarray(BANK.decode(jnp.asarray(smooth_codes(2, 1_000)))[1])
 
 
 def fit_by_hand(newest: np.ndarray, taps: int) -> tuple[np.ndarray, float]:
@@ -60,7 +62,7 @@ def denoise_by_hand(row: np.ndarray, noise: np.ndarray, start: int) -> tuple[dic
     return newest, kept
 
 
-def by_hand(predictors: Predictors, waveform, noise, first: int) -> np.ndarray:
+def by_hand(predictors: AdaptivePredictors, waveform, noise, first: int) -> np.ndarray:
     """Float64, anew for each block, one sample predicted at a time."""
     out = []
     for row, spread in zip(waveform.astype(np.float64), noise.astype(np.float64), strict=True):
@@ -83,7 +85,7 @@ def by_hand(predictors: Predictors, waveform, noise, first: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-@pytest.mark.parametrize("predictors", [PREDICTORS, CLEAN], ids=["codes", "denoised"])
+@pytest.mark.parametrize("predictors", [PREDICTORS, DENOISED], ids=["codes", "denoised"])
 def test_predictions_equal_those_made_by_hand(predictors, platform, waveform, noise, monkeypatch):
     monkeypatch.setattr(lax, "platform_dependent", as_on(platform))
     monkeypatch.setattr(least_squares, "CPU_TAPS_AT_ONCE", 64)  # some turns, the last one padded
@@ -105,15 +107,15 @@ def test_a_fit_is_the_same_whatever_is_fitted_beside_it(waveform):
 
 def test_what_is_denoised_is_the_same_whatever_is_beside_it(waveform, noise):
     """In many blocks at once, and in one alone."""
-    together = jax.jit(CLEAN.denoiser.denoise, static_argnums=2)(waveform, noise, 300)
+    together = jax.jit(DENOISED.denoiser.denoise, static_argnums=2)(waveform, noise, 300)
 
     @jax.jit
     def alone(row, spread):
-        belief, out = CLEAN.denoiser.begin(row[:, :880], spread[:, :880]), []
+        state, out = DENOISED.denoiser.begin(row[:, :880], spread[:, :880]), []
         for t in range(880, 900):
-            before = belief.past[0]
-            belief = belief.observe(row[:, t], spread[:, t])
-            out.append((before, belief.past[1]))
+            before = state.means[0]
+            state = state.observe(row[:, t], spread[:, t])
+            out.append((before, state.means[1]))
         return out
 
     for t, (before, after) in enumerate(alone(waveform[:1], noise[:1]), 580):
@@ -126,8 +128,8 @@ def test_denoising_brings_codes_closer_to_what_was_recorded(rng):
     wave = lfilter([1.0], np.poly(poles).real, rng.normal(size=4_000))
     wave = (0.5 * wave / np.abs(wave).max()).astype(np.float32)
     codes = quantisers.get("mulaw").encode((wave * 32768).astype(np.int16))[None]
-    heard = waveform_of(jnp.asarray(codes), "mulaw")
-    _, kept = Denoiser(16, 500, 100).denoise(heard, noise_of(jnp.asarray(codes), "mulaw"), 600)
+    heard, noise = BANK.decode(jnp.asarray(codes))
+    _, kept = Denoiser(16, 500, 100).denoise(heard, noise, 600)
     errors = kept[0] - wave[599:-1], heard[0, 599:-1] - wave[599:-1]
     after, before = (np.square(error).mean() for error in errors)
     assert after < 0.7 * before
@@ -136,16 +138,17 @@ def test_denoising_brings_codes_closer_to_what_was_recorded(rng):
 def test_silence_predicts_silence():
     quiet = np.full((1, 600), EDGES[128:130].mean(), np.float32)
     spread = jnp.full((1, 600), np.diff(EDGES[128:130])[0] ** 2 / 12)
-    got = CLEAN.predict(jnp.asarray(quiet), spread, 540)
+    got = DENOISED.predict(jnp.asarray(quiet), spread, 540)
     assert np.abs(got).max() < 2e-4
 
 
 def test_descriptions_by_hand(waveform, rng):
-    m, count = PREDICTORS.error_history, 30
+    m, count = BANK.error_history, 30
     wave = waveform[:, : m + count]
     predicted = (wave[..., None] + rng.normal(0, [0.01, 0.03], (*wave.shape, 2))).astype(np.float32)
-    age = np.arange(count) % 20
-    got = PREDICTORS.describe(jnp.asarray(predicted), jnp.asarray(wave), jnp.asarray(age), EDGES)
+    offset = jnp.asarray(np.arange(count) % 20, jnp.float32)
+    got, features = BANK._describe(jnp.asarray(predicted), jnp.asarray(wave), offset)
+    assert features.shape[-1] == BANK.num_features
     errors = wave[..., None] - predicted
     for i in (0, 1, 29):
         at = m + i
@@ -158,25 +161,24 @@ def test_descriptions_by_hand(waveform, rng):
         np.testing.assert_allclose(got.mean[:, i], mean, rtol=1e-4)
         np.testing.assert_allclose(got.scale[:, i], scale, rtol=1e-3)
         others = (predicted[:, at] - mean[:, None]) / scale[:, None]
-        np.testing.assert_allclose(got.others[:, i], others, rtol=1e-2, atol=1e-3)
+        np.testing.assert_allclose(got.differences[:, i], others, rtol=1e-2, atol=1e-3)
         lags = errors[:, at - 16 : at][:, ::-1] / scale[:, None, None]
-        features = np.asarray(got.features[:, i])
-        np.testing.assert_allclose(features[:, :32], lags.reshape(2, -1), rtol=1e-2, atol=1e-3)
+        about = np.asarray(features[:, i])
+        np.testing.assert_allclose(about[:, :32], lags.reshape(2, -1), rtol=1e-2, atol=1e-3)
         spans = [0.5 * np.log(squares[n] / scale[:, None] ** 2) for n in (8, 32, 128)]
-        np.testing.assert_allclose(features[:, 32:38], np.concatenate(spans, 1), atol=1e-2)
-        np.testing.assert_allclose(features[:, -2], (i % 20) / 20 - 0.5, atol=1e-6)
-    assert got.features.shape[-1] == PREDICTORS.num_features
+        np.testing.assert_allclose(about[:, 32:38], np.concatenate(spans, 1), atol=1e-2)
+        np.testing.assert_allclose(about[:, -2], (i % 20) / 20 - 0.5, atol=1e-6)
 
 
-@pytest.mark.parametrize("predictors", [PREDICTORS, CLEAN], ids=["codes", "denoised"])
+@pytest.mark.parametrize("predictors", [PREDICTORS, DENOISED], ids=["codes", "denoised"])
 def test_nothing_of_a_sample_reaches_its_own_description_or_an_earlier_one(
     predictors, waveform, noise
 ):
     def describe(wave):
-        begin, m = FIRST - predictors.error_history, predictors.error_history
+        begin = FIRST - BANK.error_history
         predicted = predictors.predict(wave, noise, begin)
-        age = jnp.arange(wave.shape[1] - begin - m) % 20
-        return predictors.describe(predicted, wave[:, begin:], age, EDGES)
+        offset = jnp.arange(wave.shape[1] - FIRST, dtype=jnp.float32) % 20
+        return BANK._describe(predicted, wave[:, begin:], offset)
 
     describe = jax.jit(describe)
     before = describe(waveform)

@@ -41,7 +41,7 @@ def in_float64(module):
 
 @partial(jax.jit, static_argnums=0)
 def _logits(graphdef, params, codes, key):
-    return nnx.merge(graphdef, params).logits(codes, key)
+    return nnx.merge(graphdef, params).window_logits(codes, key)
 
 
 def logits_of(model: SaShiMi, codes, key=None):
@@ -277,7 +277,7 @@ def test_logits_and_gradients_match_the_public_code():
 
     @nnx.jit
     def nats(model):
-        logits = model.logits(codes)
+        logits = model.window_logits(codes)
         chosen = jnp.take_along_axis(logits, codes[..., None].astype(int), -1)[..., 0]
         return (jax.nn.logsumexp(logits, -1) - chosen).mean(), logits
 
@@ -310,10 +310,10 @@ def test_steps_equal_logits(changes):
 
         def run(carry, index):
             state, code = carry
-            state, logits = model.step(prepared, state, code, index)
+            state, logits = model.step_logits(prepared, state, code, index, 0)
             return (state, codes[:, index]), logits
 
-        start = model.empty(2), jnp.full(2, 128, jnp.uint8)
+        start = model.init_state(2, 320), jnp.full(2, 128, jnp.uint8)
         return jnp.swapaxes(lax.scan(run, start, jnp.arange(codes.shape[1]))[1], 0, 1)
 
     assert expected.std() > 0.5
@@ -365,4 +365,4 @@ def test_s4_parameters_are_dt_a_and_b():
 
 def test_clips_are_whole_pooling_periods():
     with pytest.raises(ValueError, match=r"12 samples are not a multiple of 8, .*\.pools \(4, 2\)"):
-        random_sashimi().logits(random_codes(1, 12))
+        random_sashimi().window_logits(random_codes(1, 12))

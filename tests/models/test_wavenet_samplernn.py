@@ -8,25 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SAMPLERNN, WAVENET
 from flax import nnx
 
 from patchwave_jax.data.quantisers import SILENCE
 from patchwave_jax.errors import UserError
 from patchwave_jax.models import samplernn
+from patchwave_jax.models.base import count_parameters
 from patchwave_jax.models.samplernn import SampleRNN, SampleRNNConfig, loudness
 from patchwave_jax.models.wavenet import WaveNet, WaveNetConfig
-from patchwave_jax.training.step import count_parameters
 
 PARITY = Path(__file__).parents[1] / "parity"
-WAVENET = WaveNetConfig(
-    cycles=2,
-    cycle_layers=3,
-    residual_channels=8,
-    dilation_channels=8,
-    skip_channels=16,
-    end_channels=12,
-)
-SAMPLERNN = SampleRNNConfig(frame_sizes=(4, 2, 2), width=16, embedding_width=8, segment_samples=32)
 
 
 def zeros(network, config):
@@ -101,7 +93,7 @@ def published(name):
 
 def logits_of(model, *arguments):
     graphdef, params = nnx.split(model)
-    return jax.jit(lambda params, *given: nnx.merge(graphdef, params).logits(*given))(
+    return jax.jit(lambda params, *given: nnx.merge(graphdef, params).window_logits(*given))(
         params, *arguments
     )
 
@@ -124,7 +116,7 @@ def test_samplernn_hears_and_remembers_as_published():
     model, case, codes = published("samplernn")
     np.testing.assert_allclose(loudness(), 2 * case["dequantized"], atol=1e-6)
     assert SAMPLERNN.lookback == case["lookback"]
-    _, carry = jax.jit(lambda: model.segment(model.prepare(), codes, model.start(2)))()
+    _, carry = jax.jit(lambda: model.segment(model.prepare(), codes, model.init_carry(2)))()
     for i, hidden in enumerate(carry.hidden):
         np.testing.assert_allclose(hidden, case[f"state_out/{i}"][0], atol=1e-5)
 
@@ -149,7 +141,7 @@ def test_a_prediction_depends_on_what_it_should_and_no_more(name, monkeypatch):
     def gradient(params, table):
         def logit(params, table):
             monkeypatch.setattr(samplernn, "loudness", lambda: table)
-            return nnx.merge(graphdef, params).logits(codes)[0, target].sum()
+            return nnx.merge(graphdef, params).window_logits(codes)[0, target].sum()
 
         params, table = jax.grad(logit, (0, 1))(params, table)
         return jnp.abs(params["embedding"]["embedding"][...]).sum(1) + jnp.abs(table)
@@ -173,11 +165,11 @@ def test_steps_equal_the_whole(name, dtype):
     def advance(carry, item):
         state, previous = carry
         index, code = item
-        state, logits = model.step(prepared, state, previous, index)
+        state, logits = model.step_logits(prepared, state, previous, index, 0)
         return (state, code), logits
 
     prepared, count = jax.jit(model.prepare)(), codes.shape[1]
-    begin = (jax.jit(lambda: model.empty(2))(), jnp.full(2, SILENCE, jnp.uint8))
+    begin = (jax.jit(lambda: model.init_state(2, 48))(), jnp.full(2, SILENCE, jnp.uint8))
     _, logits = jax.lax.scan(advance, begin, (jnp.arange(count), codes.T))
     expected = np.asarray(logits_of(model, codes))
     assert expected.std() > 0.1
@@ -188,13 +180,13 @@ def test_steps_equal_the_whole(name, dtype):
 def test_wavenet_with_history_goes_on_where_it_was():
     model, _, codes = published("wavenet")
     field = WAVENET.receptive_field
-    later = logits_of(model, codes[:, 30:], codes[:, 30 - field : 30])
+    later = logits_of(model, codes[:, 30:], None, codes[:, 30 - field : 30])
     np.testing.assert_allclose(later, logits_of(model, codes)[:, 30:], atol=1e-5)
 
 
 def test_samplernn_in_segments_equals_the_whole():
     model, _, codes = published("samplernn")
-    prepared, carry, pieces = jax.jit(model.prepare)(), model.start(2), []
+    prepared, carry, pieces = jax.jit(model.prepare)(), model.init_carry(2), []
     segment = jax.jit(model.segment)
     for begin in range(0, 64, 16):
         logits, carry = segment(prepared, codes[:, begin : begin + 16], carry)
@@ -232,4 +224,4 @@ def test_wavenet_convolutions_against_a_loop_over_taps():
 )
 def test_what_does_not_fit_is_refused_by_name(config, context, field):
     with pytest.raises(UserError, match=f"config.{field}"):
-        config.check(context)
+        config.check(context, True)

@@ -1,7 +1,8 @@
 """A training of seconds, for several processes: imports nothing that starts JAX."""
 
-from patchwave_jax.config import Config, DataConfig, PatchWaveConfig, RunConfig, TrainConfig
+from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
 from patchwave_jax.config_dict import to_config_dict
+from patchwave_jax.models.patchwave.config import PatchWaveConfig
 from patchwave_jax.models.samplernn import SampleRNNConfig
 from patchwave_jax.recipes import NO_DROPOUT
 

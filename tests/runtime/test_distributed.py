@@ -93,13 +93,13 @@ class Pair:
 
 
 def test_two_processes_go_one_way_and_one_goes_on(data, cache, tmp_path):
-    """Parameters split, a signal to one; rows over all devices, one killed; gone on by one."""
+    """A signal to one; rows shared by all devices, one killed; resumed by one process."""
     workdir = tmp_path / "disturbed"
     command = ["-m", "patchwave_jax.train", f"--config={HERE / 'pod/tiny.py'}"]
     command += [f"--workdir={workdir}", f"--config.data.data_dir={data}"]
     command += ["--config.train.num_steps=100_000"]
 
-    with Pair(cache, *command, "--config.run.shard_parameters=True") as pair:
+    with Pair(cache, *command) as pair:
         pair.wait_for_row(workdir, 5)  # a validation and a checkpoint lie behind
         pair.processes[1].send_signal(signal.SIGTERM)
         outputs = pair.finish(120)

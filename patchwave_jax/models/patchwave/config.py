@@ -1,12 +1,26 @@
 """The configuration of the patch model, with the paper's as its defaults."""
 
 import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Int64
+
+from patchwave_jax.errors import UserError, require
+from patchwave_jax.models.base import Execution, Memory, Model, ModelConfig
+from patchwave_jax.models.patchwave import cost
+from patchwave_jax.models.predictors.adaptive import AdaptivePredictors
+from patchwave_jax.models.predictors.bank import PredictorBank
+from patchwave_jax.models.predictors.kalman import Denoiser
 
 
 @dataclasses.dataclass(frozen=True)
-class PatchWaveConfig:
+class PatchWaveConfig(ModelConfig):
     """The patch model: everything that shapes its parameters, and its dropout."""
 
+    published_parameters: ClassVar[str] = "3.14M"
+    kind: str = "patchwave"
     patch_samples: int = 2000  # P
     kernel_size: int = 7
     filters: tuple[int, ...] = (256, 256, 128, 128, 32)
@@ -50,3 +64,139 @@ class PatchWaveConfig:
             field += (self.kernel_size - 1) * step
             step *= stride
         return field + (self.final_frames - 1) * step
+
+    @property
+    def linear_taps(self) -> int:
+        """Taps of the mixture's learned linear predictor, which starts from least squares."""
+        return self.predictor_taps if self.head == "logistic_mixture" else 0
+
+    def predictor_bank(self, quantiser: str) -> PredictorBank:
+        """The predictors that the mixture is built around. A new kind is added here."""
+        block, predictors = self.adaptive_block_samples, []
+        if self.adaptive_taps:
+            denoiser = None
+            if self.denoiser_taps:
+                denoiser = Denoiser(self.denoiser_taps, self.denoiser_window, block)
+            sizes = self.adaptive_taps, self.adaptive_windows
+            predictors.append(AdaptivePredictors(*sizes, block, denoiser))
+        return PredictorBank(tuple(predictors), block, quantiser)
+
+    def readout_inputs(self, quantiser: str) -> int:
+        """Width of what the readout reads: a token, and the head's features."""
+        bank = self.predictor_bank(quantiser)
+        return self.width + (bank.num_features if self.head == "logistic_mixture" else 0)
+
+    # The contract.
+
+    def build(self, *, quantiser: str, causal: bool, execution: Execution, rngs: nnx.Rngs) -> Model:
+        from patchwave_jax.models.patchwave.model import PatchWave
+
+        return PatchWave(self, quantiser=quantiser, causal=causal, execution=execution, rngs=rngs)
+
+    def window_unit(self, context_samples: int) -> int:
+        return self.patch_samples
+
+    def history(self, causal: bool) -> int:
+        return self.patch_samples
+
+    def training_window(self, context_samples: int, causal: bool) -> int:
+        return context_samples + (self.patch_samples if causal else 1)
+
+    def context_of(self, index: Int64[np.ndarray, " n"], older: int) -> Int64[np.ndarray, " n"]:
+        return older + (index // self.patch_samples + 1) * self.patch_samples
+
+    def context_for(self, samples: int, context_samples: int, causal: bool) -> int:
+        needed = -(-samples // self.patch_samples) * self.patch_samples
+        return min(context_samples, needed) if causal else context_samples
+
+    def execution(
+        self, context_samples: int, causal: bool, rows: int, memory: Memory, **chosen: Any
+    ) -> Execution:
+        return cost.execution(self, context_samples, causal, rows, memory, **chosen)
+
+    def shares_rows(self, causal: bool) -> bool:
+        return causal
+
+    def check_shards(self, count: int, context_samples: int, causal: bool) -> None:
+        if not self.shares_rows(causal):
+            super().check_shards(count, context_samples, causal)
+        patches = context_samples // self.patch_samples
+        for name, total in (("patches", patches), ("phases", self.patch_samples)):
+            if total % count:
+                raise UserError(
+                    f"config.run.context_devices {count} does not divide the {total} {name} of a "
+                    "row; use a divisor of it"
+                )
+
+    def useful_flops(self, context_samples: int, causal: bool) -> float:
+        return sum(cost.useful_flops(self, context_samples, causal).values())
+
+    # What is checked.
+
+    def check(self, context_samples: int, causal: bool) -> None:
+        for name, names in (
+            ("input", ("waveform", "embedding")),
+            ("head", ("softmax", "logistic_mixture")),
+        ):
+            value = getattr(self, name)
+            require(
+                value in names,
+                f"model.{name}",
+                f"must be one of {', '.join(names)}, got {value!r}",
+            )
+        require(self.width % 2 == 0, "model.width", f"must be even, got {self.width}")
+        require(
+            0 < len(self.strides) == len(self.filters),
+            "model.strides",
+            f"must have one entry for each of the {len(self.filters)} model.filters",
+        )
+        size = self.patch_samples
+        require(
+            self.final_frames >= 1,
+            "model.patch_samples",
+            f"{size} is too short for model.strides {self.strides}",
+        )
+        require(
+            self.predictor_taps <= size,
+            "model.predictor_taps",
+            f"{self.predictor_taps} is more than model.patch_samples, {size}",
+        )
+        self._check_predictors(causal)
+        require(
+            context_samples > 0 and context_samples % size == 0,
+            "context_samples",
+            f"{context_samples} is not a whole number of patches of {size} samples; "
+            f"the nearest is {max(1, round(context_samples / size)) * size}",
+        )
+
+    def _check_predictors(self, causal: bool) -> None:
+        taps, windows = self.adaptive_taps, self.adaptive_windows
+        require(
+            len(taps) == len(windows),
+            "model.adaptive_windows",
+            f"must have one entry for each of the {len(taps)} model.adaptive_taps",
+        )
+        if not taps:
+            return
+        fits = [("model.adaptive_windows", *pair) for pair in zip(taps, windows, strict=True)]
+        if self.denoiser_taps:
+            require(self.denoiser_taps > 1, "model.denoiser_taps", "must be 0, or at least 2")
+            fits.append(("model.denoiser_window", self.denoiser_taps, self.denoiser_window))
+        for name, count, window in fits:
+            minimum = max(2 * count, 33)  # the taper falls over 32
+            require(
+                minimum <= window,
+                name,
+                f"{window} samples are too few to fit {count} taps to; give at least {minimum}",
+            )
+        require(
+            self.head == "logistic_mixture" and causal,
+            "model.adaptive_taps",
+            "needs config.model.head='logistic_mixture' and config.objective='dense'",
+        )
+        block = self.adaptive_block_samples
+        require(
+            self.patch_samples % block == 0,
+            "model.adaptive_block_samples",
+            f"{block} does not divide the patch of {self.patch_samples}",
+        )

@@ -1,24 +1,39 @@
-"""The patch encoder: strided convolutions, or the same ones dilated, at every offset.
+"""The patch encoder: strided convolutions, the same ones dilated at every offset, or cached.
 
-Dimensions as in `patchwave_jax.models.patchwave.model`.
+Dimensions as in `patchwave_jax.models.patchwave.model`; `k` taps of a layer, `d` its dilation,
+`F` filters.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
-from patchwave_jax.config import PatchWaveConfig
 from patchwave_jax.data import quantisers
+from patchwave_jax.models import ring
 from patchwave_jax.models.layers import Key, split, value
+from patchwave_jax.models.patchwave.config import PatchWaveConfig
+
+
+class EncoderState(NamedTuple):
+    """Newest inputs of each layer of `B` streams; the newest sample is not encoded yet."""
+
+    codes: UInt8[Array, "B 2k"]  # ring
+    layers: list[Float[Array, "B d 2k F"]]  # rings of every d-th input, after the first layer
 
 
 class Encoder(nnx.Module):
-    """Strided convolutions and one linear layer: a patch's samples to a vector."""
+    """Convolutions and a linear layer: the samples of a patch to one vector.
+
+    There is no padding, and all is aligned to the newest sample of a patch. Besides the token each
+    form gives the skip connection: projections of the newest output of every layer (None without
+    `skip_connections`).
+    """
 
     def __init__(self, config: PatchWaveConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -51,40 +66,97 @@ class Encoder(nnx.Module):
         scaled = (codes.astype(jnp.float32) - quantisers.SILENCE) / quantisers.SILENCE
         return scaled[..., None].astype(self.config.compute_dtype)
 
-    def __call__(
-        self, codes: UInt8[Array, "B T"], hop: int, count: int, key: Key = None
+    def patch(
+        self, codes: UInt8[Array, "B P"], key: Key = None
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B D"] | None]:
+        """The patch form: encodes one patch with strides."""
+        tokens, skip = self._convolve(codes, 1, True, key)
+        return tokens[:, 0], None if skip is None else skip[:, 0]
+
+    def every_offset(
+        self, codes: UInt8[Array, "B T"], count: int, key: Key = None
     ) -> tuple[Float[Array, "B n D"], Float[Array, "B n D"] | None]:
-        """Encodes the `count` patches that end `hop` samples apart, the last at the last sample.
+        """The dense form: encodes the `count` patches that end at the newest `count` samples."""
+        return self._convolve(codes, count, False, key)
 
-        `hop = 0` encodes one patch with its strides (the patch form). Otherwise layer l, whose
-        cumulative stride is S, needs its features on a grid of gcd(S, hop) samples only.
-        """
-        config = self.config
-        need = config.receptive_field + max(count - 1, 0) * hop
-        x, skip, grid = self.inputs(codes[:, codes.shape[1] - need :]), None, 1
-        keys = split(key, len(self.convs))
-        for i, conv in enumerate(self.convs):
-            before, after = math.prod(config.strides[:i]), math.prod(config.strides[: i + 1])
-            if hop:
-                finer = math.gcd(after, hop)
-                stride, dilation = finer // grid, before // grid
-                grid = finer
-            else:
-                stride, dilation = config.strides[i], 1
-            bias = value(conv.bias).astype(x.dtype)
-            x = jax.nn.relu(convolve(x, value(conv.kernel), stride, dilation) + bias)
+    def _convolve(
+        self, codes: Array, count: int, strided: bool, key: Key
+    ) -> tuple[Array, Array | None]:
+        config, keys = self.config, split(key, len(self.convs))
+        needed = config.receptive_field + count - 1
+        x, skip = self.inputs(codes[:, codes.shape[1] - needed :]), None
+        for i, (stride, dilation) in enumerate(zip(config.strides, self._dilations, strict=False)):
+            stride, dilation = (stride, 1) if strided else (1, dilation)
+            x = convolve(x, value(self.convs[i].kernel), stride, dilation)
+            x = self._activate(i, x)
             x = self.dropout(x, deterministic=key is None, rngs=keys[i])
-            if config.skip_connections:
-                step = hop // grid if hop else 1
-                newest = x[:, x.shape[1] - 1 - (count - 1) * step :: step]
-                skip = self.skips[i](newest) + (0 if skip is None else skip)
+            skip = self._add_skip(i, skip, x[:, x.shape[1] - count :])
         kernel = value(self.linear.kernel).reshape(config.final_frames, -1, config.width)
-        dilation = math.prod(config.strides) // grid if hop else 1
-        tokens = convolve(x, kernel, max(hop // grid, 1), dilation) + value(self.linear.bias)
-        return tokens.astype(x.dtype), skip
+        tokens = convolve(x, kernel, 1, 1 if strided else self._dilations[-1])
+        return (tokens + value(self.linear.bias)).astype(x.dtype), skip
+
+    @property
+    def _dilations(self) -> list[int]:
+        """Samples between the inputs of each layer, the linear one last."""
+        strides = self.config.strides
+        return [math.prod(strides[:i]) for i in range(len(strides) + 1)]
+
+    def _activate(self, i: int, x: Array) -> Array:
+        return jax.nn.relu(x + value(self.convs[i].bias).astype(x.dtype))
+
+    def _add_skip(self, i: int, skip: Array | None, x: Array) -> Array | None:
+        if not self.config.skip_connections:
+            return None
+        return self.skips[i](x) + (0 if skip is None else skip)
+
+    # Generation, one sample at a time.
+
+    def init_state(self, rows: int) -> EncoderState:
+        """A state of `rows` streams to be primed."""
+        config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
+        kernels = [*[config.kernel_size] * (len(config.filters) - 1), config.final_frames]
+        return EncoderState(
+            jnp.full((rows, 2 * config.kernel_size), quantisers.SILENCE, jnp.uint8),
+            [
+                jnp.zeros((rows, dilation, 2 * kernel, filters), dtype)
+                for kernel, dilation, filters in zip(
+                    kernels, self._dilations[1:], config.filters, strict=True
+                )
+            ],
+        )
+
+    def prime(
+        self, codes: UInt8[Array, "B R"], state: EncoderState, position: Int32[Array, ""]
+    ) -> EncoderState:
+        """The state before sample `position - 1`, from a receptive field of samples before it.
+
+        `state` gives the shapes.
+        """
+        layers, x = [], self.inputs(codes[:, 1:])
+        for i, buffer in enumerate(state.layers):
+            dilation = self._dilations[i]
+            x = self._activate(i, convolve(x, value(self.convs[i].kernel), 1, dilation))
+            layers.append(_phased(x, buffer, position - 1))
+        newest = codes[:, codes.shape[1] - self.config.kernel_size :]
+        return EncoderState(ring.from_newest(newest, position - 1), layers)
+
+    def step(
+        self, state: EncoderState, code: UInt8[Array, " B"], position: Int32[Array, ""]
+    ) -> tuple[EncoderState, Float[Array, "B D"], Float[Array, "B D"] | None]:
+        """Token and skip of the patch that ends with `code`, the sample before `position`."""
+        time, skip, layers = position - 1, None, []
+        codes = ring.put(state.codes, time, code)
+        taps = self.inputs(ring.newest(codes, time, self.config.kernel_size))
+        for i, buffer in enumerate(state.layers):
+            x = self._activate(i, _newest_output(taps, value(self.convs[i].kernel)))
+            skip = self._add_skip(i, skip, x)
+            buffer, taps = _put_phased(buffer, time, x)
+            layers.append(buffer)
+        token = _newest_output(taps, value(self.linear.kernel)) + value(self.linear.bias)
+        return EncoderState(codes, layers), token.astype(taps.dtype), skip
 
 
-def convolve(x, kernel, stride: int, dilation: int):
+def convolve(x: Array, kernel: Array, stride: int, dilation: int) -> Array:
     """A convolution without padding: [B, T, C] with [k, C, F]."""
     kernel = kernel.astype(x.dtype)
     library = functools.partial(
@@ -95,7 +167,7 @@ def convolve(x, kernel, stride: int, dilation: int):
     if stride == 1 or dilation > 1:
         return library(x, kernel, (stride,), rhs_dilation=(dilation,))
 
-    def by_blocks(x, kernel):
+    def by_blocks(x: Array, kernel: Array) -> Array:
         """The same sums over blocks of `stride` samples: a stride's gradient is slow on CPUs."""
         taps, channels, filters = kernel.shape
         outputs, blocks = (x.shape[1] - taps) // stride + 1, -(-taps // stride)
@@ -107,3 +179,35 @@ def convolve(x, kernel, stride: int, dilation: int):
 
     strided = functools.partial(library, window_strides=(stride,))
     return lax.platform_dependent(x, kernel, cpu=by_blocks, default=strided)
+
+
+def _newest_output(taps: Float[Array, "B *k F"], kernel: Array) -> Float[Array, "B D"]:
+    """The one output of a convolution whose inputs are `taps`."""
+    flat = taps.reshape(taps.shape[0], -1)
+    return flat @ kernel.reshape(flat.shape[1], -1).astype(flat.dtype)
+
+
+# Rings of a dilated layer's inputs, [B, d, 2k, F]: time t is in ring t % d, at its time t // d.
+
+
+def _phased(
+    x: Float[Array, "B T F"], buffer: Float[Array, "B d 2k F"], position: Array
+) -> Float[Array, "B d 2k F"]:
+    """A buffer like `buffer` of the inputs `x` of the times up to `position - 1`."""
+    rows, dilation, double, filters = buffer.shape
+    size = double // 2 * dilation
+    x = jnp.pad(x, ((0, 0), (size, 0), (0, 0)))[:, x.shape[1] :]
+    x = jnp.roll(x, position % size, 1).reshape(rows, double // 2, dilation, filters)
+    return jnp.tile(jnp.swapaxes(x, 1, 2), (1, 1, 2, 1))
+
+
+def _put_phased(
+    buffer: Float[Array, "B d 2k F"], time: Array, x: Float[Array, "B F"]
+) -> tuple[Float[Array, "B d 2k F"], Float[Array, "B 1 k F"]]:
+    """Stores the input of one time; gives it and the `k - 1` before it, `d` apart, oldest first."""
+    rows, dilation, double, filters = buffer.shape
+    phase, place = time % dilation, time // dilation % (double // 2)
+    for at in (place, place + double // 2):
+        buffer = lax.dynamic_update_slice(buffer, x[:, None, None], (0, phase, at, 0))
+    shape = (rows, 1, double // 2, filters)
+    return buffer, lax.dynamic_slice(buffer, (0, phase, place + 1, 0), shape)

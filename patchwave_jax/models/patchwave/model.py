@@ -8,8 +8,10 @@ runs in two exact forms:
 - the **dense form**: a strided convolution evaluated at every offset is a dilated convolution,
   so one pass over a segment encodes the patch that ends before *every* sample. The tokens whose
   ends differ by multiples of `P` are one sequence; there are `P` such sequences (phases), and
-  phases are a batch axis. A segment of `(N + 1) P` samples has a target at each of its newest
+  phases are a batch axis. A segment of `(N + 1) P` samples has a target at each of its last
   `N P` samples, the first of them with one patch of context and the last with `N`.
+
+Generation is the dense form again, one sample at a time, with what was computed before cached.
 
 Dimensions: `B` batch, `T` samples, `P` samples per patch, `N` patches, `D` width, `H` heads,
 `K` head size, `F` hidden, `V` 256 codes, `M` sequences (batch times phases).
@@ -20,20 +22,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int32, UInt8
 
-from patchwave_jax.config import PatchWaveConfig
 from patchwave_jax.data import quantisers
+from patchwave_jax.models.base import Execution, Model, Read
 from patchwave_jax.models.chunking import map_over_chunks, mean_over_chunks, recomputed
-from patchwave_jax.models.context_parallel import Shards
 from patchwave_jax.models.layers import Key, split
-from patchwave_jax.models.patchwave.encoder import Encoder
-from patchwave_jax.models.patchwave.heads import LogisticMixture, Softmax
-from patchwave_jax.models.patchwave.transformer import Block, Folded, positions
-from patchwave_jax.models.predictors.bank import Prediction, Predictors, noise_of, waveform_of
+from patchwave_jax.models.patchwave.config import PatchWaveConfig
+from patchwave_jax.models.patchwave.encoder import Encoder, EncoderState
+from patchwave_jax.models.patchwave.heads import Conditioning, make_head
+from patchwave_jax.models.patchwave.transformer import Block, Cache, Folded, positions
+
+PRIME_BYTES = 2.5e8  # about what priming holds at once, besides the state
+VISIBLE_TOKENS = 128  # a growing window is compiled again for every so many tokens
 
 
 class Encoded(NamedTuple):
@@ -41,339 +44,409 @@ class Encoded(NamedTuple):
 
     tokens: Float[Array, "*shape D"]
     skip: Float[Array, "*shape D"] | None  # with `skip_connections`
-    prediction: Prediction | None  # with the logistic mixture
 
 
-class PatchWave(nnx.Module):
+class Pieces(NamedTuple):
+    """What the Transformer and the head read of a segment: [B, N or n, P, ...], phases apart."""
+
+    tokens: Array
+    skip: Array | None
+    trained: tuple[Any, ...]  # the head's conditioning, with a gradient
+    targets: UInt8[Array, "B n P"]
+
+
+class State(NamedTuple):
+    """State of `B` streams before their newest sample is read."""
+
+    encoder: EncoderState
+    head: Any
+    caches: list[Float[Array, "P B N D"]]  # of each block; bidirectional: one, of the encodings
+
+
+class PatchWave(Model):
     """The whole model. `causal` is the attention's mask: True for the dense objective."""
 
-    def __init__(self, config: PatchWaveConfig, *, causal: bool, quantiser: str, rngs: nnx.Rngs):
-        self.config, self.causal, self.quantiser = config, causal, quantiser
-        self.predictors = Predictors.of(config)
+    def __init__(
+        self,
+        config: PatchWaveConfig,
+        *,
+        causal: bool,
+        quantiser: str,
+        rngs: nnx.Rngs,
+        execution: Execution | None = None,
+    ):
+        self.config, self.causal, self.execution = config, causal, execution or Execution()
         dtype = jnp.dtype(config.compute_dtype)
         self.encoder = Encoder(config, rngs=rngs)
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = nnx.LayerNorm(config.width, rngs=rngs)
-        told = config.width + self.predictors.num_features
-        self.readout = nnx.Linear(told, config.readout_width, dtype=dtype, rngs=rngs)
-        if config.head == "softmax":
-            self.head = Softmax(config.readout_width, dtype=dtype, rngs=rngs)
-        else:
-            self.head = LogisticMixture(
-                config.readout_width,
-                components=config.mixture_components,
-                taps=config.predictor_taps,
-                adaptive=len(config.adaptive_taps),
-                quantiser=quantiser,
-                dtype=dtype,
-                rngs=rngs,
-            )
+        self.readout = nnx.Linear(
+            config.readout_inputs(quantiser), config.readout_width, dtype=dtype, rngs=rngs
+        )
+        self.head = make_head(config, quantiser, rngs=rngs)
         self.token_dropout = nnx.Dropout(config.token_dropout, broadcast_dims=(-1,))
         self.head_dropout = nnx.Dropout(config.head_dropout)
 
-    # Encoding.
+    def start_from(self, taps: Any, scale: float) -> None:
+        self.head.start_from(taps, scale)
 
-    def encode_window(self, codes: UInt8[Array, "B T"], key: Key = None, age: int = 0) -> Encoded:
-        """The patch form: `shape` is [B, N]; skips and predictions are the newest patch's."""
-        config, (batch, samples) = self.config, codes.shape
-        patches = codes.reshape(batch, samples // config.patch_samples, config.patch_samples)
-        # Over rows: a convolution's batch is then rows times patches, and a mesh can split it.
-        keys = None if key is None else jax.random.split(key, batch)
-        encode = jax.vmap(
-            lambda row, key: self.encoder(row, 0, 1, key), (0, None if keys is None else 0)
-        )
-        tokens, skip = encode(patches, keys)
-        prediction = self._predict(jnp.pad(codes, ((0, 0), (0, 1))), samples - age)
-        newest = jax.tree.map(lambda x: x[:, -1], prediction)
-        return Encoded(tokens[:, :, 0], None if skip is None else skip[:, -1, 0], newest)
+    def loss(
+        self, codes: UInt8[Array, "B T"], carry: Any, first: Array | bool, key: Key
+    ) -> tuple[Float32[Array, ""], tuple[Float32[Array, " B"], Any]]:
+        if self.causal:
+            nats, row_nats = self.dense_nats(codes, key)
+            return nats, (row_nats, carry)
+        row_nats = -self.next_sample_log_prob(codes, key)
+        return row_nats.mean(), (row_nats, carry)
 
-    def _predict(self, codes: UInt8[Array, "B T"], first: int) -> Prediction | None:
-        """The mixture's linear predictions of the samples from `first` on, where a block begins."""
-        if not isinstance(self.head, LogisticMixture):
-            return None
-        adaptive, predictors = None, self.predictors
-        if predictors:
-            missing = max(0, predictors.lookback - first)
-            known = jnp.pad(codes, ((0, 0), (missing, 0)), constant_values=quantisers.SILENCE)
-            waveform = waveform_of(known, self.quantiser)
-            begin = missing + first - predictors.error_history
-            age = np.arange(codes.shape[1] - first) % predictors.block_samples
-            adaptive = predictors.describe(
-                predictors.predict(waveform, noise_of(known, self.quantiser), begin),
-                waveform[:, begin:],
-                jnp.asarray(age, jnp.float32),
-                quantisers.get(self.quantiser).edges,
-            )
-        return self.head.predict(codes[:, first - self.head.taps : -1], adaptive)
-
-    def encode_segment(
-        self,
-        codes: UInt8[Array, "B T"],
-        hop: int = 1,
-        chunk_patches: int = 0,
-        key: Key = None,
-        history: int = 0,
-    ) -> Encoded:
-        """The dense form: `codes` are (N + 1) P samples, `shape` is [B, N, P / hop].
-
-        Entry [b, n, p] is of the patch that ends before sample `(n + 1) P + p hop`.
-        `chunk_patches` > 0 (a divisor of N) encodes that many patches at a time and recomputes
-        them in the backward pass: less memory for long segments. In front of the segment may be
-        `history` samples for the predictors, which otherwise see silence there.
-        """
-        size = self.config.patch_samples
-        prediction = self._predict(codes, history + size)
-        codes = codes[:, history:]
-        patches = codes.shape[1] // size - 1
-        chunk = chunk_patches or patches
-        if patches % chunk:
-            raise ValueError(f"chunk_patches {chunk} does not divide the {patches} patches")
-        prediction = jax.tree.map(
-            lambda x: x[:, ::hop].reshape(x.shape[0], patches, size // hop, *x.shape[2:]),
-            prediction,
-        )
-        if chunk == patches:
-            return Encoded(*self._encode_stretch(codes, hop, key), prediction)
-        # Not a loop on the device: XLA's CPU backend runs the gradient of a convolution in one
-        # twenty times slower.
-        starts = range(0, patches * size, chunk * size)
-        stretches = [codes[:, start : start + (chunk + 1) * size] for start in starts]
-        pieces = recomputed(
-            lambda codes, key: self._encode_stretch(codes, hop, key),
-            list(zip(stretches, split(key, len(stretches)), strict=True)),
-        )
-        tokens, skip = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *pieces)
-        return Encoded(tokens, skip, prediction)
-
-    def _encode_share(
-        self, shards: Shards, segment: Array, hop: int, chunk_patches: int, key: Key
-    ) -> Encoded:
-        """`encode_segment` of all patches at this device's phases."""
-        history = max(0, self.predictors.lookback - self.config.patch_samples)
-        stretch = shards.own_stretch(segment, self.config.patch_samples, history)
-        encoded, features = self.encode_segment(stretch, hop, chunk_patches, key, history), None
-        if (prediction := encoded.prediction) is not None:  # whose features need no gradient
-            features = prediction.features
-            encoded = encoded._replace(prediction=prediction._replace(features=None))
-        encoded, features = shards.exchange(encoded, features)
-        if encoded.prediction is not None:
-            prediction = encoded.prediction._replace(features=features)
-            encoded = encoded._replace(prediction=prediction)
-        return encoded
-
-    def _encode_stretch(self, codes: Array, hop: int, key: Key) -> tuple[Array, Array | None]:
-        size = self.config.patch_samples
-        batch, patches = codes.shape[0], codes.shape[1] // size - 1
-        count = patches * size // hop
-        end = codes.shape[1] - hop  # patches end before the targets, the last `hop` from the end
-        return jax.tree.map(
-            lambda x: x.reshape(batch, patches, size // hop, *x.shape[2:]),
-            self.encoder(codes[:, :end], hop, count, key),
-        )
-
-    # Transformer and readout.
+    # The parts that both forms share.
 
     def folded(self) -> list[Folded]:
         """Every block's folded attention: made once where `transform` runs in a loop."""
         return [block.attention.folded() for block in self.blocks]
 
     def transform(
-        self, tokens: Float[Array, "M N D"], key: Key = None, folded: list[Folded] | None = None
-    ) -> Float[Array, "M N D"]:
-        """The Transformer, over the tokens with their sinusoidal positions."""
-        folded = self.folded() if folded is None else folded
-        keys = split(key, len(self.blocks) + 1)
-        x = tokens + jnp.asarray(positions(tokens.shape[1], self.config.width), tokens.dtype)
-        x = self.token_dropout(x, deterministic=key is None, rngs=keys[-1])
-        for block, weights, block_key in zip(self.blocks, folded, keys, strict=False):
-            x = block(x, self.causal, block_key, weights)
-        return x
-
-    def newest_states(
         self,
         tokens: Float[Array, "M N D"],
-        newest: int,
         key: Key = None,
         folded: list[Folded] | None = None,
-    ) -> Float[Array, "M n D"]:
-        """What the newest `n` tokens become, each with only itself and older ones in view.
+        caches: list[Cache] | None = None,
+        place: tuple[Array, int] | None = None,
+    ) -> tuple[Float[Array, "M N D"], list[Any]]:
+        """The Transformer, over tokens with their sinusoidal positions.
 
-        A causal model computes them all at once. A bidirectional one reads each from a window
-        of `N` tokens of its own that ends there, filled up with tokens of silence in front.
+        With `caches`, one for each block, what the blocks read is kept there. With `place`, the
+        number of a token and an upper limit of it, that token alone goes on from the caches.
         """
-        if self.causal:
-            return self.transform(tokens, key, folded)[:, -newest:]
-        count = tokens.shape[1]
-        silence = jnp.full((1, self.config.patch_samples), quantisers.SILENCE, jnp.uint8)
-        silent = jnp.broadcast_to(self.encoder(silence, 0, 1)[0], tokens.shape)
-        padded = jnp.concatenate([silent[:, 1:], tokens], 1)
-
-        def read(start):
-            window = lax.dynamic_slice_in_dim(padded, start, count, 1)
-            return self.transform(window, key, folded)[:, -1]
-
-        return jnp.moveaxis(lax.map(read, jnp.arange(count - newest, count)), 0, 1)
+        folded = self.folded() if folded is None else folded
+        keys, width = split(key, len(self.blocks) + 1), self.config.width
+        first, count = place or (0, tokens.shape[1])
+        table = jnp.asarray(positions(count, width), tokens.dtype)
+        table = lax.dynamic_slice_in_dim(table, first, tokens.shape[1])
+        x = self.token_dropout(tokens + table, deterministic=key is None, rngs=keys[-1])
+        kept = []
+        for i, block in enumerate(self.blocks):
+            cache = None if caches is None else caches[i]
+            x, cache = block(x, self.causal, keys[i], folded[i], cache)
+            kept.append(cache)
+        return x, kept
 
     def hidden(
         self,
         states: Float[Array, "*shape D"],
         skip: Array | None,
-        prediction: Prediction | None,
+        conditioning: tuple[Any, ...],
         key: Key = None,
     ) -> Float[Array, "*shape F"]:
         """The readout before the head, with the full-rate skip path added to the states."""
         x = self.norm(states if skip is None else states + skip).astype(states.dtype)
-        if prediction is not None and prediction.features is not None:
-            x = jnp.concatenate([x, prediction.features.astype(x.dtype)], -1)
-        x = jax.nn.relu(self.readout(x))
+        x = jax.nn.relu(self.readout(self.head.readout_inputs(x, *conditioning)))
         return self.head_dropout(x, deterministic=key is None, rngs=key)
 
-    # The two forms, whole.
+    # The patch form.
 
     def next_sample_logits(
-        self, window: UInt8[Array, "B T"], age: int = 0
+        self, window: UInt8[Array, "B T"], position: int = 0
     ) -> Float32[Array, "B 256"]:
-        """The patch form: logits of the sample after each window of whole patches.
+        """Logits of the sample after each window of whole patches.
 
-        `age` is that sample's place in its block, where there are adaptive predictors.
+        `position` is that sample's in its window of the dense form (see `LogisticMixture`).
         """
-        return self.head.logits(*self._read_window(window, None, age))
+        hidden, conditioning = self._read_window(window, None, position)
+        return self.head.logits(hidden, *conditioning)
 
     def next_sample_log_prob(
-        self, codes: UInt8[Array, "B T+1"], key: Key = None
+        self, codes: UInt8[Array, "B T"], key: Key = None
     ) -> Float32[Array, " B"]:
-        """Log-probability, in nats, of each row's last sample given the `T` before it."""
-        return self.head.log_prob(*self._read_window(codes[:, :-1], key), codes[:, -1])
+        """Log-probability, in nats, of each row's last sample given those before it."""
+        hidden, conditioning = self._read_window(codes[:, :-1], key)
+        return self.head.log_prob(hidden, codes[:, -1], *conditioning)
 
     def _read_window(
-        self, window: Array, key: Key, age: int = 0
-    ) -> tuple[Array, Prediction | None]:
-        keys = split(key, 3)
-        encoded = self.encode_window(window, keys[0], age)
-        states = self.transform(encoded.tokens, keys[1])
-        hidden = self.hidden(states[:, -1], encoded.skip, encoded.prediction, keys[2])
-        return hidden, encoded.prediction
+        self, window: Array, key: Key, position: int = 0
+    ) -> tuple[Array, tuple[Any, ...]]:
+        keys, (batch, samples) = split(key, 3), window.shape
+        patches = window.reshape(batch, -1, self.config.patch_samples)
+        # Over rows: a convolution's batch is then rows times patches, and a mesh can split it.
+        row_keys = None if keys[0] is None else jax.random.split(keys[0], batch)
+        encode = jax.vmap(self.encoder.patch, (0, None if row_keys is None else 0))
+        tokens, skip = encode(patches, row_keys)
+        following = jnp.pad(window, ((0, 0), (0, 1)))
+        trained, fixed = self.head.condition(following, samples, position)
+        conditioning = jax.tree.map(lambda x: x[:, -1], (*trained, *fixed))
+        states, _ = self.transform(tokens, keys[1])
+        newest_skip = None if skip is None else skip[:, -1]
+        return self.hidden(states[:, -1], newest_skip, conditioning, keys[2]), conditioning
 
-    def dense_logits(self, segment: UInt8[Array, "B T"], hop: int = 1) -> Float32[Array, "B n 256"]:
-        """The dense form: logits of the samples P, P + hop, ... of a segment of (N + 1) P."""
-
-        def head(hidden, prediction, _):
-            return self.head.logits(hidden, prediction)
-
-        logits = self._dense(segment, head, hop=hop)
-        return logits.reshape(segment.shape[0], -1, quantisers.NUM_CODES)
-
-    def dense_log_prob(
-        self,
-        segment: UInt8[Array, "B T"],
-        *,
-        hop: int = 1,
-        newest: int | None = None,
-        phase_chunk: int = 0,
-        chunk_patches: int = 0,
-        shards: Shards | None = None,
-    ) -> Float32[Array, "B n"]:
-        """Log-probabilities, in nats, of a segment's samples P, P + hop, ...
-
-        `newest` patches of targets are computed (None: all N), always the segment's last.
-        `phase_chunk` > 0 (a divisor of P / hop) runs the Transformer and the head over that many
-        phases at a time, `chunk_patches` > 0 (a divisor of N) the encoder over that many patches:
-        less memory for long segments, the same result. With `shards`, a device has the targets
-        of its own phases only, and both chunks must divide its own share.
-        """
-        log_probs = self._dense(
-            segment,
-            self.head.log_prob,
-            hop=hop,
-            newest=newest,
-            phase_chunk=phase_chunk,
-            chunk_patches=chunk_patches,
-            shards=shards,
-        )
-        return log_probs.reshape(segment.shape[0], -1)
+    # The dense form.
 
     def dense_nats(
-        self,
-        segment: UInt8[Array, "B T"],
-        *,
-        hop: int = 1,
-        phase_chunk: int = 0,
-        chunk_patches: int = 0,
-        key: Key = None,
-        shards: Shards | None = None,
+        self, segment: UInt8[Array, "B S"], key: Key = None
     ) -> tuple[Float32[Array, ""], Float32[Array, " B"]]:
-        """The loss: mean NLL, in nats, of a segment's samples P, P + hop, ..., and each row's.
+        """Mean NLL, in nats, of a segment's samples from the second patch on, and each row's.
 
-        As `dense_log_prob`, but made to be differentiated, in its first result: nothing of the
+        As `log_probs`, but made to be differentiated, in its first result: nothing of the
         Transformer and the head is kept for the backward pass, nor computed twice.
         """
-        keys = split(key, 2)
-        pieces, predict = self._predictor(segment, hop, None, chunk_patches, keys[0], shards)
-        tokens, (skip, prediction, codes) = pieces
-        features = None  # of the codes alone, so that no gradient is asked for
-        if prediction is not None:
-            features, prediction = prediction.features, prediction._replace(features=None)
+        keys, folded = split(key, 2), self.folded()
+        pieces, fixed = self._pieces(segment, keys[0])
 
-        def nats(piece: Any, features: Array | None, index: Array) -> Array:
-            tokens, (skip, prediction, codes) = piece
-            if prediction is not None:
-                prediction = prediction._replace(features=features)
+        def nats(pieces: Pieces, fixed: Any, index: Array) -> Array:
             chunk_key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
-            piece = tokens, (skip, prediction, codes)
-            return -predict(piece, self.head.log_prob, chunk_key).mean((1, 2))
+            return -self._read(pieces, fixed, self.head.log_prob, folded, chunk_key).mean((1, 2))
 
-        pieces, chunk = (tokens, (skip, prediction, codes)), phase_chunk or tokens.shape[2]
-        return mean_over_chunks(nats, pieces, features, axis=2, size=chunk)
+        chunk = self.execution.phase_chunk or pieces.tokens.shape[2]
+        return mean_over_chunks(nats, pieces, fixed, axis=2, size=chunk)
+
+    def log_probs(self, segment: UInt8[Array, "B S"], last_n: int) -> Float32[Array, "B n"]:
+        """Log-probabilities, in nats, of the `last_n` samples of a segment, whole patches of them.
+
+        With shards, a device has the targets of its own phases only, patch by patch.
+        """
+        log_probs = self._dense(segment, self.head.log_prob, last_n // self.config.patch_samples)
+        return log_probs.reshape(segment.shape[0], -1)
+
+    def logits(self, segment: UInt8[Array, "B S"], every: int = 1) -> Float32[Array, "B n 256"]:
+        """Logits of the samples P, P + every, ... of a segment; `every` divides P."""
+
+        def head(hidden: Array, _: Array, *conditioning: Any) -> Array:
+            return self.head.logits(hidden, *conditioning)
+
+        logits = self._dense(segment, head, every=every)
+        return logits.reshape(segment.shape[0], -1, quantisers.NUM_CODES)
 
     def _dense(
-        self,
-        segment: Array,
-        head: Callable[[Array, Prediction | None, Array], Array],
-        *,
-        hop: int,
-        newest: int | None = None,
-        phase_chunk: int = 0,
-        chunk_patches: int = 0,
-        shards: Shards | None = None,
+        self, segment: Array, head: Callable[..., Array], patches: int | None = None, every: int = 1
     ) -> Array:
-        """`head` of every target, [B, n, P / hop, ...], from chunks of phases."""
-        pieces, predict = self._predictor(segment, hop, newest, chunk_patches, None, shards)
-        chunk = phase_chunk or pieces[0].shape[2]
-        return map_over_chunks(lambda piece: predict(piece, head), pieces, axis=2, size=chunk)
+        """`head` of the targets in the last `patches`, [B, n, P / every, ...], phases in chunks."""
+        pieces, fixed = self._pieces(segment, None, patches)
+        pieces, fixed = jax.tree.map(lambda x: x[:, :, ::every], (pieces, fixed))
+        folded, chunk = self.folded(), self.execution.phase_chunk
+        chunk = chunk if chunk and every == 1 else pieces.tokens.shape[2]
 
-    def _predictor(
-        self,
-        segment: Array,
-        hop: int,
-        newest: int | None,
-        chunk_patches: int,
-        key: Key,
-        shards: Shards | None,
-    ) -> tuple[Any, Callable[..., Array]]:
-        """What the Transformer and the head read of a segment, and a function that runs them.
+        def read(both: tuple[Pieces, Any]) -> Array:
+            return self._read(both[0], both[1], head, folded)
 
-        The arrays of the first are [B, N or n, P / hop, ...], with `shards` of this device's
-        phases. The function takes any of them: phases don't mix.
+        return map_over_chunks(read, (pieces, fixed), axis=2, size=chunk)
+
+    def _pieces(self, segment: Array, key: Key, last_n: int | None = None) -> tuple[Pieces, Any]:
+        """What `_read` needs of a segment, and what of it needs no gradient.
+
+        With shards, of this device's phases only. All but tokens is cut to the last `last_n`
+        patches.
         """
-        size, (batch, samples) = self.config.patch_samples, segment.shape
-        patches = samples // size - 1
-        newest = newest or patches
-        targets = segment[:, size::hop].reshape(batch, patches, size // hop)
+        size, shards = self.config.patch_samples, self.execution.shards
+        batch, patches = segment.shape[0], segment.shape[1] // size - 1
+        targets = segment[:, size:].reshape(batch, patches, size)
         if shards is None:
-            encoded = self.encode_segment(segment, hop, chunk_patches, key)
-        else:
-            encoded = self._encode_share(shards, segment, hop, chunk_patches, key)
+            encoded, (trained, fixed) = self._encode_segment(segment, key)
+        else:  # encode a stretch of time at all phases, then exchange it for all time at own phases
+            history = max(0, self.head.lookback - size)
+            stretch = shards.own_stretch(segment, size, history)
+            encoded, (trained, fixed) = self._encode_segment(stretch, key, history)
+            (encoded, trained), fixed = shards.exchange((encoded, trained), fixed)
             targets = shards.own_phases(targets)
-        folded = self.folded()
-        counted = (encoded.skip, encoded.prediction, targets)
-        pieces = (encoded.tokens, jax.tree.map(lambda x: x[:, -newest:], counted))
+        skip, trained, fixed, targets = jax.tree.map(
+            lambda x: x[:, -(last_n or patches) :], (encoded.skip, trained, fixed, targets)
+        )
+        return Pieces(encoded.tokens, skip, trained, targets), fixed
 
-        def predict(piece: Any, head: Callable[..., Array], key: Key = None) -> Array:
-            tokens, (skip, prediction, codes) = piece
-            keys, (_, _, count, width) = split(key, 2), tokens.shape
-            sequences = jnp.swapaxes(tokens, 1, 2).reshape(-1, patches, width)
-            states = self.newest_states(sequences, newest, keys[0], folded)
-            states = jnp.swapaxes(states.reshape(batch, count, newest, width), 1, 2)
-            return head(self.hidden(states, skip, prediction, keys[1]), prediction, codes)
+    def _encode_segment(
+        self, codes: UInt8[Array, "B S"], key: Key, history: int = 0
+    ) -> tuple[Encoded, Conditioning]:
+        """Tokens, skips and the head's conditioning [B, N, P, ...] of (N + 1) P samples.
 
-        return pieces, predict
+        Entry [b, n, p] is of the patch that ends before sample `(n + 1) P + p`. In front of the
+        segment may be `history` samples for the head, which otherwise sees silence there.
+        """
+        size = self.config.patch_samples
+        trained, fixed = self.head.condition(codes, history + size)
+        codes = codes[:, history:]
+        patches = codes.shape[1] // size - 1
+        chunk = min(patches, self.execution.encode_chunk_patches or patches)
+        if patches % chunk:
+            raise ValueError(f"chunks of {chunk} patches do not divide the {patches} patches")
+
+        def by_phase(x: Array) -> Array:
+            return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+
+        def encode(codes: Array, key: Key) -> Encoded:
+            # Patches end before the targets, so the last sample of the segment is not encoded.
+            encoded = self.encoder.every_offset(codes[:, :-1], codes.shape[1] - size, key)
+            return jax.tree.map(by_phase, Encoded(*encoded))
+
+        if chunk == patches:
+            encoded = encode(codes, key)
+        else:
+            # Not a loop on the device: XLA's CPU backend runs the gradient of a convolution in one
+            # twenty times slower.
+            starts = range(0, patches * size, chunk * size)
+            stretches = [codes[:, start : start + (chunk + 1) * size] for start in starts]
+            keys = split(key, len(stretches))
+            pieces = recomputed(encode, list(zip(stretches, keys, strict=True)))
+            encoded = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *pieces)
+        return encoded, jax.tree.map(by_phase, (trained, fixed))
+
+    def _read(
+        self,
+        pieces: Pieces,
+        fixed: tuple[Any, ...],
+        head: Callable[..., Array],
+        folded: list[Folded],
+        key: Key = None,
+    ) -> Array:
+        """`head` of hidden vectors, targets and conditioning, for any phases: they don't mix."""
+        tokens, skip, trained, targets = pieces
+        batch, patches, phases, width = tokens.shape
+        keys, last_n = split(key, 2), targets.shape[1]
+        sequences = jnp.swapaxes(tokens, 1, 2).reshape(-1, patches, width)
+        states = self._last_states(sequences, last_n, keys[0], folded)
+        states = jnp.swapaxes(states.reshape(batch, phases, last_n, width), 1, 2)
+        hidden = self.hidden(states, skip, (*trained, *fixed), keys[1])
+        return head(hidden, targets, *trained, *fixed)
+
+    def _last_states(
+        self, tokens: Float[Array, "M N D"], last_n: int, key: Key, folded: list[Folded]
+    ) -> Float[Array, "M n D"]:
+        """States of the `last_n` tokens, each with only itself and older ones in view.
+
+        A causal model computes them all at once. A bidirectional one reads each from a window
+        of `N` tokens of its own that ends there, filled up with tokens of silence in front.
+        """
+        if self.causal:
+            return self.transform(tokens, key, folded)[0][:, -last_n:]
+        count = tokens.shape[1]
+
+        def read(number: Array) -> Array:
+            window = self._window_of_tokens(tokens, number)
+            return self.transform(window, key, folded)[0][:, -1]
+
+        return jnp.moveaxis(lax.map(read, jnp.arange(count - last_n, count)), 0, 1)
+
+    def _window_of_tokens(
+        self, tokens: Float[Array, "M N D"], number: Array
+    ) -> Float[Array, "M N D"]:
+        """The `N` tokens up to token `number`, with tokens of silence where there are fewer."""
+        silence = jnp.full((1, self.config.patch_samples), quantisers.SILENCE, jnp.uint8)
+        silent = jnp.broadcast_to(self.encoder.patch(silence)[0][:, None], tokens.shape)
+        padded = jnp.concatenate([silent[:, 1:], tokens], 1)
+        return lax.dynamic_slice_in_dim(padded, number, tokens.shape[1], 1)
+
+    # Generation: of the window that starts at `start`, the token before sample `position` is number
+    # `(position - start) // P` of phase `position % P`.
+
+    def prepare(self) -> list[Folded]:
+        return self.folded()
+
+    @property
+    def slides(self) -> bool:
+        """Encodings move up in a bidirectional model; a causal one's caches depend on positions."""
+        return not self.causal
+
+    def init_state(self, batch: int, context_samples: int) -> State:
+        config = self.config
+        size = config.patch_samples
+        shape = (size, batch, context_samples // size, config.width)
+        count = config.num_layers if self.causal else 1
+        caches = [jnp.zeros(shape, jnp.dtype(config.compute_dtype)) for _ in range(count)]
+        return State(self.encoder.init_state(batch), self.head.init_state(batch), caches)
+
+    def steps_from(self, position: int, start: int) -> None:
+        return None
+
+    def prime(
+        self,
+        prepared: list[Folded],
+        state: State,
+        segment: UInt8[Array, "B S"],
+        position: Int32[Array, ""],
+        start: Int32[Array, ""],
+    ) -> State:
+        size, field = self.config.patch_samples, self.config.receptive_field
+        end = position - start + size  # of the known samples, in the segment
+        padded = jnp.pad(segment, ((0, 0), (1, 0)), constant_values=quantisers.SILENCE)
+        # The newest of them is the next step's to encode.
+        before = lax.dynamic_slice_in_dim(padded, end - field, field, 1)
+        encoder = self.encoder.prime(before, state.encoder, position)
+        caches, patches = state.caches, segment.shape[1] // size - 1
+        if caches and patches:
+            caches = [self._prime_encodings(caches[0], segment), *caches[1:]]
+        if caches and patches and self.causal:
+            caches = self._prime_blocks(prepared, caches, patches)
+        return State(encoder, self.head.prime(segment, end, position), caches)
+
+    def _prime_encodings(self, cache: Array, segment: Array) -> Array:
+        size, (rows, samples) = self.config.patch_samples, segment.shape
+        patches = samples // size - 1
+        patch_bytes = rows * size * 3 * sum(self.config.filters) * cache.dtype.itemsize
+        chunk = max(1, min(patches, int(PRIME_BYTES / patch_bytes)))
+
+        def encode(i: Array, cache: Array) -> Array:
+            first = jnp.minimum(i * chunk, patches - chunk)
+            piece = lax.dynamic_slice_in_dim(segment, first * size, (chunk + 1) * size, 1)
+            tokens, _ = self.encoder.every_offset(piece[:, :-1], chunk * size)
+            tokens = tokens.reshape(rows, chunk, size, -1).transpose(2, 0, 1, 3)
+            return lax.dynamic_update_slice_in_dim(cache, tokens, first, 2)
+
+        return lax.fori_loop(0, -(-patches // chunk), encode, cache)
+
+    def _prime_blocks(self, folded: list[Folded], caches: list[Array], patches: int) -> list[Array]:
+        """The caches of all blocks from the encodings, which are in the first."""
+        config, (size, rows, _, width) = self.config, caches[0].shape
+        each = config.num_heads * 2 * (width + patches) + 8 * width + config.mlp_width
+        most = PRIME_BYTES / (rows * patches * each * caches[0].dtype.itemsize)
+        chunk = max(d for d in range(1, size + 1) if size % d == 0 and d <= max(1, most))
+
+        def fill(i: Array, caches: list[Array]) -> list[Array]:
+            shape = (chunk, rows, patches, width)
+            tokens = lax.dynamic_slice(caches[0], (i * chunk, 0, 0, 0), shape)
+            kept = [Cache(x, i * chunk, 0, None) for x in caches]
+            _, kept = self.transform(tokens.reshape(-1, patches, width), None, folded, kept)
+            return [cache.tokens for cache in kept]
+
+        return lax.fori_loop(0, size // chunk, fill, caches)
+
+    def slide(self, state: State, samples: int) -> State:
+        patches = samples // self.config.patch_samples
+        return state._replace(caches=[jnp.roll(x, -patches, 2) for x in state.caches])
+
+    def visible(self, past: int, context_samples: int) -> tuple[int, int]:
+        size = self.config.patch_samples
+        tokens = context_samples // size
+        if self.causal:
+            tokens = min(tokens, (past // size // VISIBLE_TOKENS + 1) * VISIBLE_TOKENS)
+        return tokens, tokens * size
+
+    def step(
+        self,
+        prepared: list[Folded],
+        state: State,
+        code: UInt8[Array, " B"],
+        position: Int32[Array, ""],
+        start: Int32[Array, ""],
+        visible: int,
+    ) -> tuple[State, Read]:
+        size = self.config.patch_samples
+        number, phase = (position - start) // size, position % size
+        encoder, token, skip = self.encoder.step(state.encoder, code, position)
+        head = self.head.step(state.head, code, position)
+        tokens, phase_tokens = token[:, None], None
+        if self.causal:
+            caches = [Cache(x, phase, number, visible) for x in state.caches]
+            tokens, caches = self.transform(tokens, None, prepared, caches, (number, visible))
+        else:
+            caches = [Cache(state.caches[0], phase, number, visible).put(tokens)]
+            phase_tokens = caches[0].visible_tokens()
+
+        def read() -> tuple[Array, Callable[[Array], Array]]:
+            states = tokens
+            if phase_tokens is not None:
+                window = self._window_of_tokens(phase_tokens, number)
+                states, _ = self.transform(window, None, prepared)
+            trained, fixed = self.head.condition_next(head, position)
+            hidden = self.hidden(states[:, -1], skip, (*trained, *fixed))
+            return self.head.drawing_logits(
+                hidden, *trained, *fixed
+            ), lambda code: self.head.log_prob(hidden, code, *trained, *fixed)
+
+        return State(encoder, head, [cache.tokens for cache in caches]), read

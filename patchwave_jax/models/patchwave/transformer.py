@@ -1,21 +1,49 @@
 """The Transformer: folded attention, its blocks, and positions.
 
+The same `Block` runs whole sequences and, with a `cache`, one token at a time.
+
 Dimensions as in `patchwave_jax.models.patchwave.model`.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from patchwave_jax.config import PatchWaveConfig
 from patchwave_jax.models.layers import Key, split, value
+from patchwave_jax.models.patchwave.config import PatchWaveConfig
 
 QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 8  # tokens (or a multiple), and how many a program has
 Folded = tuple[Array, Array, Array, Array]  # as `Attention.folded` returns them
+
+
+class Cache(NamedTuple):
+    """What one attention has read in all phases of `B` streams, and where to go on.
+
+    Attention is folded, so the tokens it reads are keys and values at once.
+    """
+
+    tokens: Float[Array, "P B N D"]
+    phase: Int32[Array, ""] | int  # the first that is written
+    number: Int32[Array, ""] | int  # the first token of a phase that is written
+    visible: int | None  # tokens of a phase that the newest may attend to; None: fills whole phases
+
+    def put(self, x: Float[Array, "M n D"]) -> "Cache":
+        """With the tokens of phases `phase`, `phase + 1`, ... of all streams."""
+        x = x.reshape(-1, self.tokens.shape[1], *x.shape[1:])
+        tokens = lax.dynamic_update_slice(self.tokens, x, (self.phase, 0, self.number, 0))
+        return self._replace(tokens=tokens)
+
+    def visible_tokens(self) -> Float[Array, "B N D"]:
+        """The first `visible` tokens of the phase."""
+        assert self.visible is not None
+        shape = (1, self.tokens.shape[1], self.visible, self.tokens.shape[3])
+        return lax.dynamic_slice(self.tokens, (self.phase, 0, 0, 0), shape)[0]
 
 
 class Attention(nnx.Module):
@@ -50,14 +78,26 @@ class Attention(nnx.Module):
         return score.astype(dtype), score_bias.astype(dtype), mix.astype(dtype), bias.astype(dtype)
 
     def __call__(
-        self, x: Float[Array, "M N D"], causal: bool, folded: Folded | None = None
-    ) -> Float[Array, "M N D"]:
+        self,
+        x: Float[Array, "M N D"],
+        causal: bool,
+        folded: Folded | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "M N D"], Cache | None]:
         """Attends within each sequence, to all tokens or (`causal`) to itself and older ones.
 
-        `folded` are this attention's folded matrices, where a loop has them made outside it.
+        `folded` are this attention's folded matrices, where a loop has them made outside it. With
+        a `cache`, `x` is stored there; if its `visible` is set, `x` is one token of each stream,
+        which attends to those in the cache.
         """
         folded = folded or self.folded()
-        return attend_to_older(folded, x) if causal else attend(folded, x, x, None)
+        cache = cache and cache.put(x)
+        if cache is not None and cache.visible is not None:
+            seen = jnp.arange(cache.visible) <= cache.number
+            attended = attend_newest(folded, x[:, 0], cache.visible_tokens(), seen)[:, None]
+        else:
+            attended = attend_to_older(folded, x) if causal else attend(folded, x, x, None)
+        return attended, cache
 
 
 def attend(
@@ -99,6 +139,25 @@ def attend_to_older(folded: Folded, x: Float[Array, "M N D"]) -> Float[Array, "M
     return jnp.concatenate(attended, 1)
 
 
+def attend_newest(
+    folded: Folded,
+    query: Float[Array, "M D"],
+    keys: Float[Array, "M N D"],
+    seen: Bool[Array, " N"],
+) -> Float[Array, "M D"]:
+    """`attend` for one query of each sequence, with products in the order that CPUs are fast at."""
+    score, score_bias, mix, bias = folded
+    (rows, width), heads = query.shape, score_bias.shape[0]
+    queries = query @ score.reshape(width, -1) + score_bias.reshape(-1)
+    scores = jnp.einsum("bke,bhe->bkh", keys, queries.reshape(rows, heads, width))
+    scores = jnp.where(seen, jnp.swapaxes(scores, 1, 2).astype(jnp.float32), -jnp.inf)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1, keepdims=True)
+    mixed = jnp.einsum("bhk,bke->bhe", weights.astype(query.dtype), keys)
+    mixed = (mixed / total).astype(query.dtype)
+    return jnp.einsum("rf,ef->re", mixed.reshape(rows, -1), mix.reshape(width, -1)) + bias
+
+
 class Block(nnx.Module):
     """A pre-norm Transformer block."""
 
@@ -113,21 +172,23 @@ class Block(nnx.Module):
         self.token_dropout = nnx.Dropout(config.token_dropout, broadcast_dims=(-1,))
 
     def __call__(
-        self, x: Float[Array, "M N D"], causal: bool, key: Key = None, folded: Folded | None = None
-    ) -> Float[Array, "M N D"]:
+        self,
+        x: Float[Array, "M N D"],
+        causal: bool,
+        key: Key = None,
+        folded: Folded | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "M N D"], Cache | None]:
+        """The block's output; `folded` and `cache` are its attention's (see `Attention`)."""
         hidden_key, out_key, token_key = split(key, 3)
-        x = x + self.attention(self.attention_norm(x).astype(x.dtype), causal, folded)
-        x = self.feed_forward(x, hidden_key, out_key)
-        return self.token_dropout(x, deterministic=key is None, rngs=token_key)
-
-    def feed_forward(
-        self, x: Float[Array, "M N D"], hidden_key: Key = None, out_key: Key = None
-    ) -> Float[Array, "M N D"]:
-        """The second half of the block, of each token by itself."""
-        plain = hidden_key is None
+        plain = key is None
+        normed = self.attention_norm(x).astype(x.dtype)
+        attended, cache = self.attention(normed, causal, folded, cache)
+        x = x + attended
         hidden = jax.nn.relu(self.up(self.mlp_norm(x).astype(x.dtype)))
         hidden = self.mlp_dropout(hidden, deterministic=plain, rngs=hidden_key)
-        return x + self.mlp_dropout(self.down(hidden), deterministic=plain, rngs=out_key)
+        x = x + self.mlp_dropout(self.down(hidden), deterministic=plain, rngs=out_key)
+        return self.token_dropout(x, deterministic=plain, rngs=token_key), cache
 
 
 def positions(count: int, width: int) -> Float32[np.ndarray, "N D"]:
