@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from absl import logging
 from etils import epath
+from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 import patchwave_jax
@@ -260,6 +261,9 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         expected = self.record(step).arrays  # none, of an older version
+        in_network = any(name.startswith("params/network/") for name in expected)
+        if in_network:
+            abstract = _of_states(abstract, lambda state: nnx.State({"network": state}))
         for name, (dtype, shape) in layout(abstract).items() if expected else ():
             there = expected[name][:2] if name in expected else ["absent", ""]
             if there != [dtype, shape]:
@@ -276,7 +280,7 @@ class Checkpoints:
         for name, found in described(trees).items() if expected else ():
             if found != expected[name]:
                 raise self._damaged(step, f"{name} does not match its SHA-256")
-        return trees
+        return _of_states(trees, lambda state: state["network"]) if in_network else trees
 
     def _names_bucket(self) -> AbstractContextManager[None]:
         return names_address(str(self.directory)) if self._in_bucket else nullcontext()
@@ -329,6 +333,15 @@ def _first_line(error: Exception) -> str:
 def _as_trees(state: dict[str, Any]) -> dict[str, Any]:
     rest = {name: tree for name, tree in state.items() if name != "params"}
     return {"params": state["params"], "optimizer": rest}
+
+
+def _of_states(trees: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """`change` of every tree of parameters or moments: old baselines had a level more in them."""
+    return jax.tree.map(
+        lambda x: change(x) if isinstance(x, nnx.State) else x,
+        trees,
+        is_leaf=lambda x: isinstance(x, nnx.State),
+    )
 
 
 def _as_state(trees: dict[str, Any]) -> dict[str, Any]:
