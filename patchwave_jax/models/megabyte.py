@@ -219,19 +219,20 @@ class Megabyte(nnx.Module):
         self.config = config
         patch, width, local = config.patch_samples, config.global_width, config.local_width
         linear = partial(_linear, dtype=config.compute_dtype, rngs=rngs)
+        embed = partial(nnx.Embed, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
         self.global_start = nnx.Param(jax.random.normal(rngs.params(), (1, width)))
-        self.global_embedding = _embedding(NUM_CODES, local, rngs)
+        self.global_embedding = embed(NUM_CODES, local)
         self.patch_norm = nnx.LayerNorm(patch * local, epsilon=1e-5, rngs=rngs)
         self.patch_linear = linear(patch * local, width)
         self.token_norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.global_positions = _embedding(config.max_patches, width, rngs)
+        self.global_positions = embed(config.max_patches, width)
         self.global_transformer = Transformer(
             config, width, config.global_layers, config.global_heads, rngs=rngs
         )
         self.to_local = linear(width, patch * local)
         self.local_start = nnx.Param(jax.random.normal(rngs.params(), (1, local)))
-        self.local_embedding = _embedding(NUM_CODES, local, rngs)
-        self.local_positions = _embedding(patch, local, rngs)
+        self.local_embedding = embed(NUM_CODES, local)
+        self.local_positions = embed(patch, local)
         self.local_transformer = Transformer(
             config, local, config.local_layers, config.local_heads, rngs=rngs
         )
@@ -358,10 +359,6 @@ def _after(start: nnx.Param, tokens: Float[Array, "B n D"]) -> Float[Array, "B n
     """A start token, then `tokens`."""
     first = jnp.broadcast_to(start[...][None], (len(tokens), 1, tokens.shape[-1]))
     return jnp.concatenate([first, tokens], 1)
-
-
-def _embedding(count: int, width: int, rngs: nnx.Rngs) -> nnx.Embed:
-    return nnx.Embed(count, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
 
 
 def _linear(
