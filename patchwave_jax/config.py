@@ -11,6 +11,7 @@ from flax import nnx
 from patchwave_jax.data import quantisers
 from patchwave_jax.errors import require
 from patchwave_jax.models.base import Execution, Model, ModelConfig
+from patchwave_jax.models.megabyte import MegabyteConfig
 from patchwave_jax.models.patchwave.config import PatchWaveConfig
 from patchwave_jax.models.samplernn import SampleRNNConfig
 from patchwave_jax.models.sashimi import SaShiMiConfig
@@ -19,7 +20,7 @@ from patchwave_jax.models.wavenet import WaveNetConfig
 # All models, by `kind`. A new one is a line here.
 MODELS: dict[str, type[ModelConfig]] = {
     config.kind: config
-    for config in (PatchWaveConfig, WaveNetConfig, SampleRNNConfig, SaShiMiConfig)
+    for config in (PatchWaveConfig, WaveNetConfig, SampleRNNConfig, SaShiMiConfig, MegabyteConfig)
 }
 OBJECTIVES = ("last", "dense")
 ZERO_ALLOWED = {

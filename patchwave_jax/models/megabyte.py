@@ -30,7 +30,7 @@ width (`E` of the local Transformer), `H` heads, `K` head size.
 import dataclasses
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from patchwave_jax.data.quantisers import NUM_CODES
 from patchwave_jax.errors import UserError
+from patchwave_jax.models.base import Baseline, Execution, ModelConfig
 from patchwave_jax.models.layers import Key, split
 
 ROTARY_BASE = 10_000
@@ -48,9 +49,10 @@ Position = Int32[Array, ""] | int
 
 
 @dataclasses.dataclass(frozen=True)
-class MegabyteConfig:
+class MegabyteConfig(ModelConfig):
     """The defaults are the sizes of the public implementation's example, with patches for audio."""
 
+    published_parameters: ClassVar[str] = "33.82M, of a public implementation"
     kind: str = "megabyte"
     patch_samples: int = 32
     max_patches: int = 4_096  # learned positions of the global Transformer: its longest context
@@ -65,21 +67,26 @@ class MegabyteConfig:
     dropout: float = 0.0  # of attention weights and of hidden units
     compute_dtype: str = "float32"  # or 'bfloat16': linear layers and attention only
 
-    def check(self, context_samples: int) -> None:
-        """Raises `UserError` naming the field that does not fit windows of `context_samples`."""
+    def check(self, context_samples: int, causal: bool) -> None:
+        super().check(context_samples, causal)
         for name in ("global_width", "local_width", "head_size"):
             if getattr(self, name) % 2:
                 raise UserError(f"config.model.{name} must be even, got {getattr(self, name)}")
-        if context_samples % self.patch_samples:
+        if context_samples % (2 * self.patch_samples):
             raise UserError(
                 f"config.context_samples {context_samples} is not a multiple of "
-                f"config.model.patch_samples {self.patch_samples}"
+                f"{2 * self.patch_samples}, two patches of config.model.patch_samples"
             )
         if context_samples > self.max_patches * self.patch_samples:
             raise UserError(
                 f"config.context_samples {context_samples} is longer than config.model.max_patches "
                 f"{self.max_patches} patches of {self.patch_samples}; raise max_patches"
             )
+
+    def build(
+        self, *, quantiser: str, causal: bool, execution: Execution, rngs: nnx.Rngs
+    ) -> "Megabyte":
+        return Megabyte(self, rngs=rngs)
 
 
 class Cache(NamedTuple):
@@ -212,7 +219,7 @@ class State(NamedTuple):
     local_caches: list[Cache]
 
 
-class Megabyte(nnx.Module):
+class Megabyte(Baseline):
     """The whole network."""
 
     def __init__(self, config: MegabyteConfig, *, rngs: nnx.Rngs):
@@ -238,7 +245,9 @@ class Megabyte(nnx.Module):
         )
         self.head = _linear(local, NUM_CODES, dtype="float32", rngs=rngs)
 
-    def logits(self, codes: UInt8[Array, "B T"], key: Key = None) -> Float32[Array, "B T 256"]:
+    def window_logits(
+        self, codes: UInt8[Array, "B T"], key: Key = None
+    ) -> Float32[Array, "B T 256"]:
         """Logits of every sample given those before it in `codes`.
 
         Raises:
@@ -264,41 +273,35 @@ class Megabyte(nnx.Module):
         start, y = y[::count, :1], y[:, 1:].reshape(batch, samples, -1)
         return self.head(jnp.concatenate([start, y[:, :-1]], 1))
 
-    def prepare(self) -> tuple[()]:
-        return ()
-
-    def init_state(self, batch: int) -> State:
-        """The state before a clip's first sample."""
+    def init_state(self, batch: int, context_samples: int) -> State:
         patch = self.config.patch_samples
         return State(
             codes=jnp.zeros((batch, patch), jnp.uint8),
             context=jnp.zeros((batch, patch, self.config.local_width)),
-            global_caches=self.global_transformer.empty(batch, self.config.max_patches),
+            global_caches=self.global_transformer.empty(batch, context_samples // patch),
             local_caches=self.local_transformer.empty(batch, 1 + patch),
         )
 
-    def step(
+    def step_logits(
         self,
-        prepared: tuple[()],
+        prepared: Any,
         state: State,
-        previous: UInt8[Array, " B"],
-        index: Int32[Array, ""],
+        code: UInt8[Array, " B"],
+        position: Int32[Array, ""],
+        start: Int32[Array, ""],
     ) -> tuple[State, Float32[Array, "B 256"]]:
-        """The state after `previous`, and the logits of sample `index`, which follows it.
-
-        At `index` 0 the local start token takes the place of `previous`.
-        """
-        del prepared
+        """At the start of a window the local start token takes the place of `code`."""
+        index = position - start
         patch, place = jnp.divmod(index - 1, self.config.patch_samples)
         begins = (index > 0) & (place == 0)
         state = lax.cond(begins, self._begin_patch, lambda state, _: state, state, patch)
         context = lax.dynamic_slice_in_dim(state.context, place, 1, 1)
-        token = self._local_tokens(previous[:, None], place[None], context)[:, 0]
+        token = self._local_tokens(code[:, None], place[None], context)[:, 0]
         # `_begin_patch` overwrites at index 1 what index 0 leaves in the state.
         token = jnp.where(index == 0, self.local_start[...], token)
-        position = jnp.where(index == 0, 0, 1 + place)
-        y, local_caches = self.local_transformer.step(token, state.local_caches, position)
-        codes = lax.dynamic_update_slice_in_dim(state.codes, previous[:, None], place, 1)
+        local = jnp.where(index == 0, 0, 1 + place)
+        y, local_caches = self.local_transformer.step(token, state.local_caches, local)
+        codes = lax.dynamic_update_slice_in_dim(state.codes, code[:, None], place, 1)
         return state._replace(codes=codes, local_caches=local_caches), self.head(y)
 
     def _begin_patch(self, state: State, patch: Int32[Array, ""]) -> State:
