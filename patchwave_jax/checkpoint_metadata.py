@@ -11,7 +11,7 @@ import numpy as np
 from patchwave_jax.config import MODELS, Config, PatchWaveConfig
 from patchwave_jax.config_dict import from_config_dict
 from patchwave_jax.errors import UserError
-from patchwave_jax.runtime.distributed import fetch
+from patchwave_jax.runtime.distributed import to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def described(trees: dict[str, Any]) -> dict[str, list[Any]]:
     """Dtype, shape and SHA-256 of every array by its name."""
     hashes = (
         hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
-        for x in fetch(jax.tree.leaves(trees))
+        for x in to_host(jax.tree.leaves(trees))
     )
     named = layout(trees).items()
     return {name: [*known, found] for (name, known), found in zip(named, hashes, strict=True)}

@@ -63,5 +63,5 @@ def parse(argv: list[str], about: str | None) -> tuple[Config, str, profiler.Ste
     if tree is None:
         raise UserError(f"--config is missing; those that come along: {_CONFIGS}")
     name = Path(values["config"].config_filename).stem  # pyright: ignore
-    steps = profiler.parse(profile_steps.value) if profile_steps.value is not None else None
+    steps = profiler.parse_steps(profile_steps.value) if profile_steps.value is not None else None
     return from_config_dict(tree), workdir.value or f"runs/{name}", steps

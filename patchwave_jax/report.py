@@ -29,6 +29,7 @@ from patchwave_jax.generation.prompts import CONTINUATION
 from patchwave_jax.reporting import figures
 from patchwave_jax.reporting.panels import context_panels, excerpts, generated, picture
 from patchwave_jax.runtime import distributed
+from patchwave_jax.runtime.storage import write_atomically
 from patchwave_jax.runtime.workdir import Workdir, as_path, clips_of
 from patchwave_jax.training.step import count_parameters
 
@@ -248,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
             generated_dir=args.generated,
         )
         if distributed.is_first():
-            out.write_text(html, encoding="utf-8")
+            write_atomically(out, html)
     place = args.out or f"{args.workdir}/report.html"
     print(f"{place}: {len(html) / 1e6:.1f} MB, opens in any browser without a network")
 

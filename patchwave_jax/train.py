@@ -35,10 +35,10 @@ from patchwave_jax.models.samplernn import SampleRNNConfig
 from patchwave_jax.models.sashimi import SaShiMiConfig
 from patchwave_jax.models.wavenet import WaveNetConfig
 from patchwave_jax.runtime import distributed, profiler
-from patchwave_jax.runtime.lock import Lock
 from patchwave_jax.runtime.mesh import make_mesh
 from patchwave_jax.runtime.profiler import StepProfiler
 from patchwave_jax.runtime.signals import stop_requested
+from patchwave_jax.runtime.storage import Lock
 from patchwave_jax.runtime.workdir import Workdir, clips_of
 from patchwave_jax.training.metrics_writer import MetricsWriter
 from patchwave_jax.training.nonfinite_guard import NonFiniteGuard

@@ -178,7 +178,7 @@ AUDIO: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
     "a flac called wav": ("x.wav", cut("flac", 1.0), None),
     "a link to itself": ("x.wav", lambda p: p.symlink_to(p), "can't be read: Too many levels"),
     "a dead link": ("x.wav", lambda p: p.symlink_to("gone.wav"), "can't be read: No such file"),
-    "a pipe": ("x.wav", os.mkfifo, "is no regular file"),
+    "a pipe": ("x.wav", os.mkfifo, "is not a regular file"),
     "a folder called wav": ("x.wav", lambda p: p.mkdir(), None),
     "a newline in its name": ("a\nb.wav", holds(NOISE), r"a\\nb\.wav: can't be read"),
     "a terminal's codes in its name": ("\x1b[2J.wav", holds(NOISE), r"\\x1b\[2J\.wav: can't"),
@@ -218,7 +218,7 @@ def test_audio(case, good, tmp_path, capsys):
     line = message.splitlines()[1]
     assert re.search(told, line), line
     build_module.main([*flags, "--skip_bad"])
-    assert "1 files left out" in capsys.readouterr().out
+    assert "1 files skipped" in capsys.readouterr().out
 
 
 # --- configurations
@@ -407,9 +407,9 @@ COMMANDS: list[tuple[Callable, list[str], str]] = [
     (generate.main, ["--workdir={run}", "--seconds=-1", "--out={out}"], "seconds"),
     (generate.main, ["--workdir={run}", "--temperature=inf", "--out={out}"], "temperature"),
     (generate.main, ["--workdir={run}", "--num=0", "--out={out}"], "num"),
-    (generate.main, ["--workdir={run}", "--prompt", "{run}", "--out={out}"], "no regular file"),
+    (generate.main, ["--workdir={run}", "--prompt", "{run}", "--out={out}"], "not a regular file"),
     (build_module.main, ["--dataset=audio_folder", "--source={run}/gone"], "is not a folder"),
-    (build_module.main, ["--dataset=youtube_mix", "--source={run}"], "holds no numbered audio"),
+    (build_module.main, ["--dataset=youtube_mix", "--source={run}"], "has no numbered audio"),
 ]
 
 

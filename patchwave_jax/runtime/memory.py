@@ -9,7 +9,7 @@ from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError
 from patchwave_jax.models.context_parallel import Shards
 from patchwave_jax.planning.hardware import usable_bytes
-from patchwave_jax.runtime.distributed import least
+from patchwave_jax.runtime.distributed import process_min
 
 ON_CHIP_BYTES = 100e6  # for a CPU's caches and a TPU's vector memory
 
@@ -31,7 +31,7 @@ def choose_chunks(
         return 1, config.patches
     model, run = config.patch_model, config.run
     memory = usable_bytes(device) or _machine_bytes() / 2
-    memory = least(memory)  # all processes have to run the same program
+    memory = process_min(memory)  # all processes have to run the same program
     most = ON_CHIP_BYTES if device.platform in ("cpu", "tpu") else memory / 24
     patches, phases = config.patches, model.patch_samples // config.train.hop
     bytes_each = jnp.dtype(model.compute_dtype).itemsize

@@ -25,8 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile as sf
-from small_run import make_config, make_data, make_run, tones
-from test_data_build import tree_hashes
+from small_run import make_config, make_data, make_run, tones, tree_hashes
 from test_train import final_state, metrics, same_bits
 
 from patchwave_jax.checkpoint import Checkpoints

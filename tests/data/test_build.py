@@ -1,7 +1,6 @@
 """Building: which file goes where, what is refused, and what a killed build leaves."""
 
 import csv
-import hashlib
 import json
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import tensorflow_datasets as tfds
+from small_run import tree_hashes
 from tensorflow_datasets.core import shuffle
 
 from patchwave_jax.data import build as build_lib
@@ -40,14 +40,6 @@ def write(folder: Path, names: list[str], num_samples: int = 3000) -> dict[str, 
 
 def numbered(count: int, suffix: str = "wav") -> list[str]:
     return [f"out{i:03d}.{suffix}" for i in range(count)]
-
-
-def tree_hashes(root: Path) -> dict[str, str]:
-    return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    }
 
 
 def files_of(built: manifest.Manifest, split: str) -> list[str]:
@@ -110,7 +102,7 @@ def test_youtube_mix_is_one_recording_per_split(tmp_path):
         (lambda s: (s / ".DS_Store").touch(), r"stray: \.DS_Store"),
         (lambda s: (s / "out010.flac").touch(), r"stray: out010\.flac"),
         (lambda s: (s / "more").mkdir(), r"stray: more"),
-        (lambda s: (s / "out05.wav").touch(), r"doubled: out005\.wav, out05\.wav"),
+        (lambda s: (s / "out05.wav").touch(), r"duplicates: out005\.wav, out05\.wav"),
     ],
 )
 def test_youtube_mix_refuses_what_would_shift_the_split(tmp_path, change, message):
@@ -154,14 +146,14 @@ def test_a_skipped_file_interrupts_the_recording_and_shifts_nothing(tmp_path):
     for got, group in zip(read, (names[:3], names[4:6], names[7:8]), strict=True):
         np.testing.assert_array_equal(got, np.concatenate([pcm[name] for name in group]))
     report = build_lib.report(built, tmp_path / "data")
-    assert "2 files left out" in report
+    assert "2 files skipped" in report
     assert "out003.wav: is silent" in report
 
 
 def test_a_split_without_a_usable_file_is_an_error(tmp_path):
     write(tmp_path / "source", numbered(10))
     (tmp_path / "source/out009.wav").write_bytes(b"")
-    with pytest.raises(UserError, match="no usable file left in test"):
+    with pytest.raises(UserError, match="no usable file in test"):
         build("youtube_mix", tmp_path / "source", tmp_path / "data", skip_bad=True)
 
 
@@ -212,7 +204,7 @@ def test_maestro_refuses_a_table_it_can_t_follow(tmp_path, rows, message):
 
 
 def test_maestro_without_its_table_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"holds 0 tables maestro-v\*\.csv"):
+    with pytest.raises(UserError, match=r"has 0 tables maestro-v\*\.csv"):
         maestro_dataset_builder.Builder.plan(tmp_path)
 
 
@@ -262,8 +254,8 @@ def test_audio_folder_keeps_a_split_that_is_there(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "holds no files"),
-        (["a.aiff"], "holds no .wav"),
+        ([], "has no files"),
+        (["a.aiff"], "has no .wav"),
         (["a.wav", "b.wav"], "three splits need 3"),
         (["train/a.wav", "b.wav"], r"outside them: b\.wav"),
         (["test/a.wav"], "no audio in .*train"),
@@ -281,7 +273,7 @@ def test_the_same_file_in_two_splits_is_reported(tmp_path):
     (tmp_path / "source/test").mkdir()
     (tmp_path / "source/test/b.wav").write_bytes((tmp_path / "source/train/a.wav").read_bytes())
     built = build("audio_folder", tmp_path / "source", tmp_path / "data")
-    assert "test/b.wav also stands in train" in build_lib.report(built, tmp_path / "data")
+    assert "test/b.wav is also in train" in build_lib.report(built, tmp_path / "data")
 
 
 # --- piano_demo
@@ -492,7 +484,7 @@ def test_the_command_reports_and_says_what_comes_next(ten, tmp_path, capsys):
         ["validation", "1", "1"],
         ["test", "1", "1"],
     ]
-    assert "10 files, where the published set has 241" in out
+    assert "10 files, but the published set has 241" in out
     assert "python -m patchwave_jax.train" in out
 
 
@@ -532,7 +524,7 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error(ten, tmp_path, monkeypatch):
 
 def test_a_data_dir_that_is_a_file_is_an_error(ten, tmp_path):
     (tmp_path / "data").touch()
-    with pytest.raises(UserError, match="can't build in"):
+    with pytest.raises(UserError, match="can't write in"):
         build("youtube_mix", ten, tmp_path / "data")
 
 

@@ -157,7 +157,7 @@ def test_shards_of_another_build_are_an_error(copy):
     text = (copy / manifest.FILENAME).read_text()
     (copy / manifest.FILENAME).write_text(text.replace("343073", "343072"))
     split = index.open_split(copy.parents[1], "youtube_mix", "train")
-    with pytest.raises(UserError, match=f"{SHARD} does not belong to its manifest"):
+    with pytest.raises(UserError, match=f"{SHARD} does not match the manifest"):
         split.read(0, 2**18, 5)
 
 

@@ -65,5 +65,5 @@ def test_what_is_not_there_or_not_installed_is_named(without_gcsfs, tmp_path):
         open_split("no-such-kind://x", "audio_folder", "train")
     with pytest.raises(UserError, match=r"gs://bucket/.* pip install 'patchwave-jax\[gcs\]'"):
         open_split("gs://bucket", "audio_folder", "train")
-    with pytest.raises(UserError, match="gs://bucket is no folder; build in one"):
+    with pytest.raises(UserError, match="gs://bucket is not a folder; build in a folder"):
         build("audio_folder", tmp_path, "gs://bucket")

@@ -269,8 +269,8 @@ def test_gain_is_uniform_in_db_within_its_bounds(split):
     for step in range(100):
         for row in range(8):
             place = plain.locate(step, row)
-            x, _ = plain._pcm(step, row, *place)
-            y, start = louder._pcm(step, row, *place)
+            x, _ = plain._augmented(step, row, *place)
+            y, start = louder._augmented(step, row, *place)
             assert start == place[1]
             at = np.argmax(np.abs(x.astype(int)))
             if 1000 < abs(x[at]) < 16_000:

@@ -175,7 +175,7 @@ def test_what_is_not_there_is_named(bucket):
 
 def test_a_kind_of_address_that_checkpoints_can_not_be_at(data):
     for call in (train, lambda _, place: load(place)):
-        with pytest.raises(UserError, match="--workdir=s3://b/run is neither a folder nor at gs:/"):
+        with pytest.raises(UserError, match="--workdir=s3://b/run is neither a folder nor a gs:/"):
             call(make_config(data), "s3://b/run")
     with pytest.raises(SystemExit):
         generate.main(["--workdir=gs://b/run", "--out=gs://b/clips"])
