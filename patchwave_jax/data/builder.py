@@ -185,7 +185,7 @@ def scan(dataset: str, planned: Sequence[Planned], skip_bad: bool) -> Manifest:
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = tqdm.tqdm(planned, desc="Reading", unit="file", disable=None, leave=False)
         found = list(zip(progress, pool.map(examine, planned), strict=True))
-    bad = [facts for _, facts in found if isinstance(facts, audio.BadAudioError)]
+    bad = [info for _, info in found if isinstance(info, audio.BadAudioError)]
     if bad and not skip_bad:
         raise UserError(
             f"{len(bad)} of {len(planned)} files can't be used:\n"
@@ -193,22 +193,18 @@ def scan(dataset: str, planned: Sequence[Planned], skip_bad: bool) -> Manifest:
             + "Repair them, or skip them with --skip_bad"
         )
     skipped, runs = [], {}
-    for file, facts in found:
-        if isinstance(facts, audio.BadAudioError):
+    for file, info in found:
+        if isinstance(info, audio.BadAudioError):
             sha256 = audio.sha256(file.path) if file.path.is_file() else ""
-            skipped.append(SkippedEntry(file.name, sha256, facts.reason))
+            skipped.append(SkippedEntry(file.name, sha256, info.reason))
         else:  # a skipped file interrupts the recording
-            runs.setdefault((file.split, file.track, len(skipped)), []).append((file, facts))
+            runs.setdefault((file.split, file.track, len(skipped)), []).append((file, info))
     entries = []
     for (split, _, _), run in runs.items():
         first, last = run[0][0].name, run[-1][0].name
-        recording = first if first == last else f"{first}..{last}"
-        for file, facts in run:
-            entries.append(
-                FileEntry(
-                    name=file.name, split=split, recording=recording, **dataclasses.asdict(facts)
-                )
-            )
+        common = {"split": split, "recording": first if first == last else f"{first}..{last}"}
+        for file, info in run:
+            entries.append(FileEntry(file.name, **dataclasses.asdict(info), **common))
     if lost := {file.split for file in planned} - {entry.split for entry in entries}:
         names = listed([entry.name for entry in skipped], 5)
         raise UserError(

@@ -76,9 +76,7 @@ class Split:
             )
             for entry in entries
         )
-        self._lengths = [entry.num_samples for entry in entries]
-        self._first_records = [entry.first_record for entry in entries]
-        self._record_samples = built.record_samples
+        self._entries, self._record_samples = entries, built.record_samples
         self._directory = directory
         self._records: Sequence[Any] | None = None
 
@@ -95,10 +93,10 @@ class Split:
           IndexError: if the recording doesn't have these samples.
           UserError: naming the shard, if it is damaged.
         """
-        if start < 0 or count < 0 or start + count > self._lengths[recording]:
+        length = self._entries[recording].num_samples
+        if start < 0 or count < 0 or start + count > length:
             raise IndexError(
-                f"samples {start} to {start + count} of recording {recording}, which has "
-                f"{self._lengths[recording]}"
+                f"samples {start} to {start + count} of recording {recording}, which has {length}"
             )
         pcm, size = np.empty(count, np.int16), self._record_samples
         for number in range(start // size, -(-(start + count) // size)):
@@ -131,7 +129,8 @@ class Split:
             raise UserError(f"nothing of {self!r} can be read: {last}")
 
     def _read_record(self, recording: int, number: int) -> Int16[np.ndarray, " _"]:
-        key = self._first_records[recording] + number
+        entry = self._entries[recording]
+        key = entry.first_record + number
         try:
             records = self._records
             if records is None:  # two threads may both open them, which is harmless
@@ -144,7 +143,7 @@ class Split:
                 "with --overwrite, or train without that part: --config.data.skip_damaged=True"
             ) from error
         begin = number * self._record_samples
-        expected = min(self._record_samples, self._lengths[recording] - begin)
+        expected = min(self._record_samples, entry.num_samples - begin)
         if record["start"] != begin or record["audio"].size != expected:
             raise DamagedShardError(
                 f"{self._shard_of(key)} does not match the manifest; "

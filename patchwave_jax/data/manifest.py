@@ -6,16 +6,18 @@ shorter), so a window of a million samples reads eight or nine records.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from patchwave_jax.data import remote
+import fsspec
+
 from patchwave_jax.data.audio import SAMPLE_RATE
-from patchwave_jax.errors import UserError
-from patchwave_jax.runtime.storage import is_url
+from patchwave_jax.errors import UserError, names_file
+from patchwave_jax.runtime.storage import is_url, names_url, replacing
 
 VERSION = "1.0.0"  # of all datasets, which share one format
 RECORD_SAMPLES = 2**17
@@ -114,8 +116,42 @@ def dataset_dir(data_dir: str | os.PathLike[str], dataset: str) -> Path:
         raise UserError(f"dataset {dataset!r} is unknown; use one of {', '.join(DATASETS)}")
     if is_url(data_dir):
         url = f"{os.fspath(data_dir).rstrip('/')}/{dataset}/{VERSION}"
-        return remote.copy_of(url, dataset, default_data_dir() / "remote")
+        return local_copy(url, dataset, default_data_dir() / "remote")
     return Path(data_dir).expanduser() / dataset / VERSION
+
+
+@functools.cache
+def local_copy(url: str, dataset: str, cache: Path) -> Path:
+    """The copy, in `cache`, of the built dataset whose files are at `url`.
+
+    Any file system that fsspec supports will do. The copy is named by the manifest's hash, so
+    another dataset at the same URL is another copy.
+
+    Raises:
+      UserError: if it can't be read, with the cause, or the disk is full.
+    """
+    with names_url(url):
+        system, root = fsspec.core.url_to_fs(url)
+        try:
+            content = system.cat_file(f"{root}/{FILENAME}")
+        except FileNotFoundError:
+            raise UserError(
+                f"{url} holds no dataset; build {dataset} on a disk and copy its folder there: "
+                f"gcloud storage cp -r DATA_DIR/{dataset} {url.rsplit('/', 2)[0]}/"
+            ) from None
+    target = cache / hashlib.sha256(content).hexdigest()[:16]
+    if target.exists():
+        return target
+    print(f"copying {url} to {target}", flush=True)
+    with names_file(target), replacing(target) as copy:
+        copy.mkdir(parents=True)
+        with names_url(url):
+            for name in system.find(root):
+                path = copy / os.path.relpath(name, root)
+                with names_file(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                system.get_file(name, str(path))
+    return target
 
 
 def load(data_dir: str | os.PathLike[str], dataset: str) -> tuple[Manifest, str]:

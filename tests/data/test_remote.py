@@ -1,11 +1,11 @@
-"""Datasets at an address, by fsspec's file system in memory."""
+"""Datasets in a bucket, by fsspec's file system in memory."""
 
 import fsspec
 import numpy as np
 import pytest
 from small_run import make_data
 
-from patchwave_jax.data import remote
+from patchwave_jax.data import manifest
 from patchwave_jax.data.build import build
 from patchwave_jax.data.index import open_split
 from patchwave_jax.errors import UserError
@@ -13,9 +13,9 @@ from patchwave_jax.errors import UserError
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A host's own disk."""
+    """This host's copies."""
     monkeypatch.setenv("PATCHWAVE_DATA_DIR", str(tmp_path / "cache"))
-    remote.copy_of.cache_clear()
+    manifest.local_copy.cache_clear()
     return tmp_path / "cache/remote"
 
 
@@ -37,7 +37,7 @@ def test_a_split_is_read_from_a_copy_that_is_made_once(data, cache):
         for path in system.find("/bucket"):
             if not path.endswith("manifest.json"):
                 system.rm(path)
-        remote.copy_of.cache_clear()
+        manifest.local_copy.cache_clear()
     assert len(list(cache.iterdir())) == 1
 
 
