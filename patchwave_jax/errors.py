@@ -77,8 +77,8 @@ def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
                 raise
             cause = (str(error) or "out of memory").splitlines()[0]
             print(
-                f"error: {cause}; compute less at once (config.train.micro_batch_size, "
-                "config.run.phase_chunk) or shorten config.context_samples",
+                f"error: {cause}; reduce config.train.micro_batch_size, config.run.phase_chunk or "
+                "config.context_samples",
                 file=sys.stderr,
             )
             sys.exit(EXIT_CODE)

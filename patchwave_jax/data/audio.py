@@ -77,7 +77,7 @@ def blocks(path: str | os.PathLike[str]) -> Iterator[Int16[np.ndarray, " _"]]:
         peak = max(peak, int(np.abs(pcm.astype(np.int32)).max(initial=0)))
         yield pcm
     if num_samples == 0:
-        raise BadAudioError(path, "is empty: it holds no samples; remove it or export it again")
+        raise BadAudioError(path, "is empty: it has no samples; remove it or export it again")
     if num_samples < MIN_SAMPLES:
         seconds = num_samples / SAMPLE_RATE
         minimum = MIN_SAMPLES / SAMPLE_RATE
@@ -127,7 +127,7 @@ def _decode(path: Path) -> Iterator[Int16[np.ndarray, " _"]]:
                     where = frames_read + int(np.argmin(np.isfinite(block).all(1)))
                     raise BadAudioError(
                         path,
-                        f"holds a NaN or infinite sample at {where / file.samplerate:.3f} s; "
+                        f"contains a NaN or infinite sample at {where / file.samplerate:.3f} s; "
                         "repair it and export it as 16-bit PCM",
                     )
                 frames_read += len(block)

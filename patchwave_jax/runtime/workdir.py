@@ -18,19 +18,19 @@ from patchwave_jax.errors import UserError
 from patchwave_jax.runtime.distributed import is_first
 from patchwave_jax.runtime.storage import LOCK_NAME, is_url, names_url
 
-_NOT_FETCHED = ("checkpoints", "damaged", "profile", "tensorboard")
+_NOT_DOWNLOADED = ("checkpoints", "damaged", "profile", "tensorboard")
 
 
 class Workdir:
     """The files of a run except its checkpoints, in `folder`. A context manager that publishes."""
 
-    def __init__(self, place: str | os.PathLike[str]):
-        self._url = os.fspath(place) if is_url(place) else ""
+    def __init__(self, path: str | os.PathLike[str]):
+        self._url = os.fspath(path) if is_url(path) else ""
         self._system, self._published = None, {}
-        self.folder = Path(place)
+        self.folder = Path(path)
 
     def __enter__(self) -> "Workdir":
-        """Downloads the files, if `place` is a URL.
+        """Downloads the files, if `path` is a URL.
 
         Raises:
           UserError: if it can't be read, or checkpoints don't support this kind of URL.
@@ -41,7 +41,7 @@ class Workdir:
                 scratch = tempfile.TemporaryDirectory(prefix="patchwave_jax-")
                 self.folder = Path(stack.enter_context(scratch))
                 self._system, self._root = fsspec.core.url_to_fs(self._url)
-                self._fetch(self._system)
+                self._download(self._system)
                 self._scratch = stack.pop_all()
         return self
 
@@ -57,7 +57,7 @@ class Workdir:
                 logging.error("%s", error)
 
     def publish(self) -> None:
-        """Uploads the files that changed since the last call, if `place` is a URL.
+        """Uploads the files that changed since the last call, if `path` is a URL.
 
         Raises:
           UserError: if the bucket can't be written.
@@ -72,33 +72,33 @@ class Workdir:
                     self._system.put_file(str(file), f"{self._root}/{name}")
                 self._published[file] = stamp
 
-    def _fetch(self, system: Any) -> None:
+    def _download(self, system: Any) -> None:
         for name in system.find(self._root):
             relative = os.path.relpath(name, self._root)
             is_folder = name.endswith("/")
-            if relative.split("/")[0] not in _NOT_FETCHED and not is_folder:
+            if relative.split("/")[0] not in _NOT_DOWNLOADED and not is_folder:
                 file = self.folder / relative
                 file.parent.mkdir(parents=True, exist_ok=True)
                 system.get_file(name, str(file))
                 self._published[file] = _stamp(file)
 
 
-def as_path(place: str | os.PathLike[str]) -> epath.Path:
+def as_path(path: str | os.PathLike[str]) -> epath.Path:
     """A working directory as a path, local or in a bucket.
 
     Raises:
       UserError: if it is a URL that is not gs://.
     """
-    if not is_url(place):
-        return epath.Path(place).resolve()
-    if not os.fspath(place).startswith("gs://"):
-        raise UserError(f"--workdir={os.fspath(place)} is neither a folder nor a gs:// URL")
-    return epath.Path(place)
+    if not is_url(path):
+        return epath.Path(path).resolve()
+    if not os.fspath(path).startswith("gs://"):
+        raise UserError(f"--workdir={os.fspath(path)} is neither a folder nor a gs:// URL")
+    return epath.Path(path)
 
 
-def clips_of(place: str | os.PathLike[str]) -> str:
+def clips_of(path: str | os.PathLike[str]) -> str:
     """Where to generate clips of a run: a local folder, because they are appended to."""
-    return "generated" if is_url(place) else f"{os.fspath(place)}/generated"
+    return "generated" if is_url(path) else f"{os.fspath(path)}/generated"
 
 
 def _stamp(file: Path) -> tuple[int, int]:
