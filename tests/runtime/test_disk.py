@@ -190,10 +190,10 @@ def test_no_flipped_byte_of_a_shard_is_read_as_audio(copy, rng):
             except DamagedShardError:
                 noticed += 1
         damage(copy, int(at))
-    assert noticed > 20  # the others lie in the padding
+    assert noticed > 20  # the others are in the padding
 
 
-def test_damaged_windows_are_redrawn_and_all_others_are_as_they_were(copy, data_dir):  # noqa: F811
+def test_damaged_windows_are_redrawn_and_all_others_stay_the_same(copy, data_dir):  # noqa: F811
     damage(copy, 20_000)
     config = small(str(copy))
     good = make_windows(config, open_split(data_dir, "audio_folder", "train"))
@@ -216,7 +216,7 @@ def test_damaged_windows_are_redrawn_and_all_others_are_as_they_were(copy, data_
     assert 0 < redrawn < 80
 
 
-def test_training_counts_what_is_damaged_and_goes_on_only_if_it_may(copy, tmp_path, caplog):
+def test_training_counts_damaged_windows_if_it_may_skip_them(copy, tmp_path, caplog):
     damage(copy, 20_000)
     config = small(str(copy))
     with pytest.raises(UserError, match=rf"{SHARD} is damaged.*data\.skip_damaged=True"):
