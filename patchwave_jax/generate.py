@@ -164,12 +164,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = vars(parse(argv))
-    out, plots, resume, checking = (args.pop(k) for k in ("out", "plots", "resume", "check"))
+    out, plots, resuming, checking = (args.pop(k) for k in ("out", "plots", "resume", "check"))
     if not out and not checking:
         raise UserError("--out is missing: where to put the clips")
     if is_url(out):
         raise UserError(f"--out={out} must be a folder: clips grow as they are made")
-    outputs = Outputs.resume(Path(out)) if resume else None
+    outputs = Outputs.resume(Path(out)) if resuming else None
     if outputs:
         settings, step = resumed_settings(outputs, args), outputs.record["shared"]["step"]
     elif "workdir" not in args:
