@@ -133,7 +133,8 @@ def _recover(target: Path) -> None:
 
 def _difference(built: Manifest, planned: list[builder.Planned]) -> str:
     """How the files differ from those that were built from; empty if they don't."""
-    before, now = built.hashes(), {file.name: file for file in planned}
+    before = {entry.name: entry.sha256 for entry in (*built.files, *built.skipped)}
+    now = {file.name: file for file in planned}
     splits = {entry.name: entry.split for entry in built.files}
     changed = {
         "not in the build": [name for name in now if name not in before],

@@ -79,10 +79,6 @@ class Manifest:
         """Names of the splits with audio, in the order of `SPLITS`."""
         return tuple(split for split in SPLITS if any(r.split == split for r in self.recordings))
 
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of every source file by name, including skipped ones."""
-        return {entry.name: entry.sha256 for entry in (*self.files, *self.skipped)}
-
     def to_json(self) -> str:
         """The text of the file, deterministic."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"

@@ -112,9 +112,6 @@ class Windows:
         """Practically infinite: epochs follow one another."""
         return MAX_SIZE // self.batch_size
 
-    def __repr__(self) -> str:
-        return f"Windows({self.split!r}, window_samples={self.window_samples})"
-
     def locate(self, step: int, row: int) -> tuple[int, int]:
         """The recording of one row's window and the window's start in it."""
         recordings, starts = self._locate(step // self._segments, range(row, row + 1))

@@ -1,14 +1,15 @@
-"""Files that are replaced as a whole."""
+"""Atomic writes, and waiting for a lock."""
 
 import contextlib
 import errno
 import os
+from concurrent import futures
 from pathlib import Path
 
 import pytest
 
 from patchwave_jax.errors import UserError, names_file
-from patchwave_jax.runtime.storage import replacing, write_atomically
+from patchwave_jax.runtime.storage import Lock, replacing, write_atomically
 
 
 def test_a_file_is_replaced_only_by_a_complete_one(tmp_path):
@@ -58,3 +59,12 @@ def test_links_and_pipes_are_written_through(tmp_path):
 
 def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):
     write_atomically(tmp_path / ("é" * 127), "")
+
+
+def test_a_lock_can_wait_for_another(tmp_path):
+    with Lock(tmp_path, "--data_dir") as held, futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(Lock, tmp_path, "--data_dir", wait=True)
+        with pytest.raises(futures.TimeoutError):
+            waiting.result(0.1)
+        held.release()
+        waiting.result(10).release()

@@ -30,7 +30,7 @@ class Builder(AudioBuilder):
         inside = {path.name for path in source.iterdir() if path.is_dir()}
         if {"train", "test"} <= inside <= set(_FOLDERS):
             if stray := sorted(path.name for path in source.iterdir() if audio.is_audio(path)):
-                raise UserError(f"{source} has both split folders and {', '.join(stray)}")
+                raise UserError(f"{source} has both split folders and {listed(stray)}")
             return [
                 Planned(path, f"{path.parent.name}/{path.name}", _FOLDERS[folder], "")
                 for folder in sorted(inside, key=list(_FOLDERS).index)
@@ -39,18 +39,13 @@ class Builder(AudioBuilder):
         files = numbered_files(source, first=0)
         if len(files) < 3:
             raise UserError(f"{source} has {len(files)} files, but three splits need at least 3")
-        borders = int(0.88 * len(files)), int(0.94 * len(files))
-        if borders[0] == borders[1]:  # the rule leaves too few files no validation split
-            borders = borders[0] - 1, borders[0]
-        train, validation = borders
+        train, validation = int(0.88 * len(files)), int(0.94 * len(files))
+        if train == validation:  # the published rule leaves few files no validation split
+            train -= 1
+        splits = ["train"] * train + ["validation"] * (validation - train)
+        splits += ["test"] * (len(files) - validation)
         return [
-            Planned(
-                path,
-                path.name,
-                "train" if i < train else "validation" if i < validation else "test",
-                "",
-            )
-            for i, path in enumerate(files)
+            Planned(path, path.name, split, "") for path, split in zip(files, splits, strict=True)
         ]
 
 
