@@ -30,12 +30,12 @@ def refused(main: Callable, arguments: list[str], capsys, lines: int = 1) -> str
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
-    told = capsys.readouterr().err
-    errors = [line for line in told.splitlines() if not line.startswith(("WARNING", "W0", "I0"))]
-    assert exit_.value.code == 2, told
-    assert "Traceback" not in told
-    assert len(errors) <= lines, told
-    return told
+    output = capsys.readouterr().err
+    errors = [line for line in output.splitlines() if not line.startswith(("WARNING", "W0", "I0"))]
+    assert exit_.value.code == 2, output
+    assert "Traceback" not in output
+    assert len(errors) <= lines, output
+    return output
 
 
 # --- audio
@@ -166,7 +166,7 @@ def good(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("case", AUDIO)
 def test_audio(case, good, tmp_path, capsys):
-    name, make, told = AUDIO[case]
+    name, make, expected = AUDIO[case]
     source = tmp_path / "source"
     for split in ("train", "validation", "test"):
         (source / split).mkdir(parents=True)
@@ -174,13 +174,13 @@ def test_audio(case, good, tmp_path, capsys):
     path = source / "train" / name
     make(path)
     flags = ["--dataset=audio_folder", f"--source={source}", f"--data_dir={tmp_path / 'data'}"]
-    if told is None:
+    if expected is None:
         build_module.main(flags)
         return
     message = refused(build_module.main, flags, capsys, lines=3)
     assert message.startswith("error: 1 of 4 files can't be used:\n")
     line = message.splitlines()[1]
-    assert re.search(told, line), line
+    assert re.search(expected, line), line
     build_module.main([*flags, "--skip_bad"])
     assert "1 files skipped" in capsys.readouterr().out
 
@@ -286,12 +286,12 @@ FILES: dict[str, tuple[Callable[[Path], str], str]] = {
 }
 
 
-@pytest.mark.parametrize(("flag", "told"), FLAGS)
-def test_a_configuration(flag, told, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("flag", "expected"), FLAGS)
+def test_a_configuration(flag, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATCHWAVE_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     message = refused(train_module.main, [DEMO, flag], capsys)
-    assert re.search(told, message), message
+    assert re.search(expected, message), message
     assert not (tmp_path / "runs").exists()
 
 
@@ -299,9 +299,9 @@ def test_a_configuration(flag, told, tmp_path, capsys, monkeypatch):
 def test_a_configuration_file(case, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sys.modules.pop("config_config", None)  # else ml_collections extends the previous one
-    make, told = FILES[case]
+    make, expected = FILES[case]
     message = refused(train_module.main, [make(tmp_path)], capsys)
-    assert re.search(told, message), message
+    assert re.search(expected, message), message
 
 
 def test_no_configuration(capsys):
@@ -355,11 +355,11 @@ COMMANDS: list[tuple[Callable, list[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("main", "flags", "told"), COMMANDS)
-def test_a_command(main, flags, told, run, tmp_path, capsys):
+@pytest.mark.parametrize(("main", "flags", "expected"), COMMANDS)
+def test_a_command(main, flags, expected, run, tmp_path, capsys):
     flags = [flag.format(run=run, out=tmp_path / "out") for flag in flags]
     message = refused(main, flags, capsys)
-    assert re.search(told, message), message
+    assert re.search(expected, message), message
 
 
 @pytest.mark.parametrize("content", ["", "no", "-1", "\x00"])

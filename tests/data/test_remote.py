@@ -24,7 +24,7 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data"))
 
 
-def test_a_split_is_read_from_a_copy_that_is_made_once(data, cache):
+def test_a_split_is_copied_once(data, cache):
     system = fsspec.filesystem("memory")
     system.put(str(data / "audio_folder"), "/bucket/audio_folder", recursive=True)
     local = open_split(data, "audio_folder", "train")
@@ -33,7 +33,7 @@ def test_a_split_is_read_from_a_copy_that_is_made_once(data, cache):
         assert split.manifest_hash == local.manifest_hash
         count = local.recordings[0].num_samples
         np.testing.assert_array_equal(split.read(0, 0, count), local.read(0, 0, count))
-        # From now on there is only the manifest to read: a second process of this host.
+        # Leaves only the manifest, which is all that a second process of this host needs.
         for path in system.find("/bucket"):
             if not path.endswith("manifest.json"):
                 system.rm(path)
@@ -41,7 +41,7 @@ def test_a_split_is_read_from_a_copy_that_is_made_once(data, cache):
     assert len(list(cache.iterdir())) == 1
 
 
-def test_a_copy_cut_short_is_not_left_behind(data, cache, monkeypatch):
+def test_an_incomplete_copy_is_removed(data, cache, monkeypatch):
     system = fsspec.filesystem("memory")
     system.put(str(data / "audio_folder"), "/cut/audio_folder", recursive=True)
     get, got = type(system).get_file, []
@@ -58,7 +58,7 @@ def test_a_copy_cut_short_is_not_left_behind(data, cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-def test_what_is_not_there_or_not_installed_is_named(without_gcsfs, tmp_path):
+def test_missing_datasets_and_packages_are_named(without_gcsfs, tmp_path):
     with pytest.raises(UserError, match=r"memory://nothing/audio_folder/1\.0\.0 holds no dataset"):
         open_split("memory://nothing", "audio_folder", "train")
     with pytest.raises(UserError, match=r"no-such-kind://x/.* can't be read: Protocol not known"):

@@ -136,10 +136,10 @@ def test_a_directory_in_use_is_refused_until_its_process_dies(tmp_path, data_dir
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        told = f"in use by another process .{process.pid} on .*choose another --"
-        with pytest.raises(UserError, match=told + "workdir"):
+        expected = f"in use by another process .{process.pid} on .*choose another --"
+        with pytest.raises(UserError, match=expected + "workdir"):
             train(small(data_dir), tmp_path)
-        with pytest.raises(UserError, match=told + "out"):
+        with pytest.raises(UserError, match=expected + "out"):
             Outputs.create(tmp_path, {}, {"quantiser": "mulaw"}, [""], np.zeros((1, 9), np.uint8))
         process.send_signal(signal.SIGKILL)
     with Lock(tmp_path, "--workdir"):
