@@ -32,9 +32,9 @@ from patchwave_jax.checkpoint_metadata import (
     record_hash,
 )
 from patchwave_jax.config import Config
-from patchwave_jax.data.remote import is_address, names_address
 from patchwave_jax.errors import UserError
 from patchwave_jax.runtime.distributed import all_agree, is_first, wait_for_all
+from patchwave_jax.runtime.storage import is_url, names_url
 from patchwave_jax.runtime.workdir import as_path
 
 METRIC = "validation_nll_nats"
@@ -46,7 +46,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int | None = None):
         """Opens `workdir` for training, keeping `keep` newest steps; None: only to read."""
-        self._in_bucket = is_address(workdir)
+        self._in_bucket = is_url(workdir)
         self.directory = as_path(workdir) / "checkpoints"
         with self._names_bucket():
             if keep is None and not _is_there(self.directory):
@@ -283,7 +283,7 @@ class Checkpoints:
         return _of_states(trees, lambda state: state["network"]) if in_network else trees
 
     def _names_bucket(self) -> AbstractContextManager[None]:
-        return names_address(str(self.directory)) if self._in_bucket else nullcontext()
+        return names_url(str(self.directory)) if self._in_bucket else nullcontext()
 
     @contextlib.contextmanager
     def _says_what_failed(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from patchwave_jax.config import MODELS, Config
 from patchwave_jax.config_dict import from_config_dict
 from patchwave_jax.errors import UserError
 from patchwave_jax.models.patchwave.config import PatchWaveConfig
-from patchwave_jax.runtime.distributed import fetch
+from patchwave_jax.runtime.distributed import to_host
 
 # Fields that older versions had, and the only value that can be restored.
 RETIRED = (("train", "hop", 1), ("run", "shard_parameters", False))
@@ -88,7 +88,7 @@ def described(trees: dict[str, Any]) -> dict[str, list[Any]]:
     """Dtype, shape and SHA-256 of every array by its name."""
     hashes = (
         hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
-        for x in fetch(jax.tree.leaves(trees))
+        for x in to_host(jax.tree.leaves(trees))
     )
     named = layout(trees).items()
     return {name: [*known, found] for (name, known), found in zip(named, hashes, strict=True)}

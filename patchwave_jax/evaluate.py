@@ -34,6 +34,7 @@ from patchwave_jax.evaluation.evaluator import load
 from patchwave_jax.evaluation.nll import MODEL, NllAccumulator
 from patchwave_jax.reporting import figures
 from patchwave_jax.runtime import distributed
+from patchwave_jax.runtime.storage import write_atomically
 from patchwave_jax.runtime.workdir import Workdir
 
 
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         tallies[f"{workdir}, {about['context_samples']:,} samples"] = tally
     if args.json and distributed.is_first():
         content = records[0] if len(records) == 1 else records
-        args.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_atomically(args.json, json.dumps(content, indent=2) + "\n")
     if args.plot and distributed.is_first():
         figures.save(figures.context_curves(tallies, width=7), args.plot)
 

@@ -23,6 +23,7 @@ import patchwave_jax
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.runtime.storage import write_atomically
 from patchwave_jax.runtime.workdir import Workdir
 
 FOLDER = "expected_runs"
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.hardware:
         made = dataclasses.replace(made, hardware=args.hardware)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(made), indent=1) + "\n")
+    write_atomically(path, json.dumps(dataclasses.asdict(made), indent=1) + "\n")
     print(f"wrote {path}\n\n{table(made)}")
 
 

@@ -80,7 +80,7 @@ def parse(argv: list[str], about: str | None) -> Command:
     if tree is None:
         raise UserError(f"--config is missing; those that come along: {_CONFIGS}")
     name = Path(values["config"].config_filename).stem  # pyright: ignore
-    steps = profiler.parse(profile_steps.value) if profile_steps.value is not None else None
+    steps = profiler.parse_steps(profile_steps.value) if profile_steps.value is not None else None
     return Command(
         from_config_dict(tree), workdir.value or f"runs/{name}", steps, bool(print_config.value)
     )

@@ -28,7 +28,6 @@ from jax.sharding import AxisType, Mesh
 
 from patchwave_jax.data import audio, quantisers
 from patchwave_jax.data.audio import SAMPLE_RATE
-from patchwave_jax.data.remote import is_address
 from patchwave_jax.errors import UserError, exits_cleanly
 from patchwave_jax.evaluation.evaluator import Evaluator, load
 from patchwave_jax.generation.check import check
@@ -37,6 +36,7 @@ from patchwave_jax.generation.prompts import Settings, encode, open_data, read_p
 from patchwave_jax.generation.sampler import Sampler
 from patchwave_jax.runtime import distributed
 from patchwave_jax.runtime.signals import stop_requested
+from patchwave_jax.runtime.storage import is_url
 from patchwave_jax.runtime.workdir import as_path
 
 REPORT_SECONDS = 10.0  # between lines of progress
@@ -162,12 +162,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     args = vars(parse(argv))
-    out, plots, resume, checking = (args.pop(k) for k in ("out", "plots", "resume", "check"))
+    out, plots, resuming, checking = (args.pop(k) for k in ("out", "plots", "resume", "check"))
     if not out and not checking:
         raise UserError("--out is missing: where to put the clips")
-    if is_address(out):
+    if is_url(out):
         raise UserError(f"--out={out} must be a folder: clips grow as they are made")
-    outputs = Outputs.resume(Path(out)) if resume else None
+    outputs = Outputs.resume(Path(out)) if resuming else None
     if outputs:
         settings, step = resumed_settings(outputs, args), outputs.record["shared"]["step"]
     elif "workdir" not in args:

@@ -33,6 +33,7 @@ from patchwave_jax.planning.aot_compile import (
 )
 from patchwave_jax.planning.hardware import GIB
 from patchwave_jax.runtime.mesh import make_mesh
+from patchwave_jax.runtime.storage import write_atomically
 from patchwave_jax.training.step import make_step
 
 MOST_ROWS = 4096  # that `--fit` tries
@@ -231,11 +232,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name} on {args.topology}: does not fit: {error}: try {remedy(config)}")
         if args.json:
             short = {"config": name, "topology": args.topology, "needs_bytes": error.needs}
-            args.json.write_text(json.dumps({**short, "has_bytes": error.has}, indent=1) + "\n")
+            content = {**short, "has_bytes": error.has}
+            write_atomically(args.json, json.dumps(content, indent=1) + "\n")
         return
     print(table(found))
     if args.json:
-        args.json.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+        write_atomically(args.json, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
 
 
 if __name__ == "__main__":

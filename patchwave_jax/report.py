@@ -31,6 +31,7 @@ from patchwave_jax.models.base import count_parameters
 from patchwave_jax.reporting import figures
 from patchwave_jax.reporting.panels import context_panels, excerpts, generated, picture
 from patchwave_jax.runtime import distributed
+from patchwave_jax.runtime.storage import write_atomically
 from patchwave_jax.runtime.workdir import Workdir, as_path, clips_of
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
@@ -249,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
             generated_dir=args.generated,
         )
         if distributed.is_first():
-            out.write_text(html, encoding="utf-8")
+            write_atomically(out, html)
     place = args.out or f"{args.workdir}/report.html"
     print(f"{place}: {len(html) / 1e6:.1f} MB, opens in any browser without a network")
 

@@ -32,6 +32,7 @@ from patchwave_jax.evaluation.evaluator import Evaluator, load
 from patchwave_jax.evaluation.nll import LN2
 from patchwave_jax.evaluation.protocol import Window, segment
 from patchwave_jax.runtime import distributed
+from patchwave_jax.runtime.storage import replacing
 
 COPY_BYTES = 1 << 24
 
@@ -157,8 +158,10 @@ class _Sink:
     def finish(self, samples: int, **about: str | int) -> None:
         if self._path is None:
             return
-        aside = self._path.with_suffix(".part")
-        with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with (
+            replacing(self._path) as temporary,
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+        ):
             for name, dtype, raw in (
                 ("log_probs", "<f4", self._log_probs),
                 ("codes", "|u1", self._codes),
@@ -171,7 +174,6 @@ class _Sink:
             for name, value in about.items():
                 with archive.open(f"{name}.npy", "w") as member:
                     np.lib.format.write_array(member, np.asarray(value), allow_pickle=False)
-        aside.replace(self._path)
 
 
 def npz_paths(files: list[Path], folder: Path | None, overwrite: bool) -> list[Path | None]:

@@ -37,10 +37,10 @@ from patchwave_jax.generation import preview
 from patchwave_jax.generation.prompts import CONTINUATION
 from patchwave_jax.models.base import count_parameters
 from patchwave_jax.runtime import distributed, profiler
-from patchwave_jax.runtime.lock import Lock
 from patchwave_jax.runtime.mesh import make_mesh
 from patchwave_jax.runtime.profiler import StepProfiler
 from patchwave_jax.runtime.signals import stop_requested
+from patchwave_jax.runtime.storage import Lock, write_atomically
 from patchwave_jax.runtime.workdir import Workdir, clips_of
 from patchwave_jax.training.metrics_writer import MetricsWriter
 from patchwave_jax.training.nonfinite_guard import NonFiniteGuard
@@ -329,9 +329,7 @@ def finds_nans(wanted: bool) -> Iterator[None]:
 
 def write_config(config: Config, folder: Path) -> None:
     """Puts the configuration beside the checkpoints, for people to read."""
-    aside = folder / "config.tmp"
-    aside.write_text(config_text(config))
-    aside.replace(aside.with_suffix(".json"))
+    write_atomically(folder / "config.json", config_text(config))
 
 
 def config_text(config: Config) -> str:

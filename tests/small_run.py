@@ -1,6 +1,8 @@
 """A small dataset and a working directory with an untrained model, for the commands' tests."""
 
 import dataclasses
+import hashlib
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,3 +60,12 @@ def make_data(source, directory):
         sf.write(source / f"take{i}.wav", tones(2_100 + 40 * i, i), 16_000)
     build("audio_folder", source, directory)
     return directory
+
+
+def tree_hashes(root: Path) -> dict[str, str]:
+    """SHA-256 of every file below `root` except locks, which name their process."""
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }

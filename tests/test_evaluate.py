@@ -310,7 +310,7 @@ def test_the_command_writes_what_it_prints(run, tmp_path, capsys):
         (["--stride_patches=5"], "must be from 1 to the context's 4"),
         (["--step=4"], "has no step 4; it has 3"),
         (["--max_targets=-1"], "must not be negative"),
-        (["--plot=nowhere/x.png"], "is no folder"),
+        (["--plot=nowhere/x.png"], "is not a folder"),
         (["--plot=x.txt"], "can't be drawn"),
         (["--data_dir=nowhere"], "not built in nowhere"),
     ],

@@ -271,7 +271,7 @@ def test_a_plan_as_json_and_as_a_table(tmp_path, capsys, monkeypatch, plans):
     stored = json.loads((tmp_path / "p").read_text())
     assert stored["flops"] == plans["context"].flops
     assert f"{plans['context'].flops:.4g}" in capsys.readouterr().out
-    for name, message in (("p", "exists; give --overwrite"), ("no/p", "is no folder")):
+    for name, message in (("p", "exists; give --overwrite"), ("no/p", "is not a folder")):
         with pytest.raises(SystemExit):  # before anything is compiled
             plan.main(["--config=x", "--topology=cpu:8", f"--json={tmp_path}/{name}"])
         assert message in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""Audio files to training windows: build once with TFDS, then read at random with grain."""
+"""From audio files to training windows: datasets built with TFDS, random access with grain."""

@@ -1,7 +1,7 @@
-"""Any wav, flac, mp3 or ogg file as 16 kHz mono int16 PCM, in constant memory.
+"""Reads any wav, flac, mp3 or ogg file as 16 kHz mono int16 PCM, in constant memory.
 
-Channels are mixed by their mean, then resampled with soxr, rounded and clipped. What is already
-16 kHz mono 16 bit passes through bit-exactly.
+Channels are averaged, resampled with soxr, rounded and clipped. Audio that is 16 kHz mono 16 bit
+already is returned bit for bit.
 """
 
 import dataclasses
@@ -17,30 +17,30 @@ import soundfile as sf
 import soxr
 from jaxtyping import Int16
 
-from patchwave_jax.errors import UserError, shown
+from patchwave_jax.errors import UserError, printable
 
 SAMPLE_RATE = 16_000
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 MIN_SAMPLES = 2000  # one patch, 125 ms
 BLOCK_FRAMES = 1 << 18  # of one channel
-RATES = range(1_000, 768_001)  # of sources; a header with another lies, and would fill the memory
+RATES = range(1_000, 768_001)  # Hz; a wrong header could make resampling exhaust the memory
 
-# Sizes that programs write into a WAV header when they stream and can't come back to fill it in.
+# Sizes that programs write into the WAV header of a stream, whose length is not known yet.
 _STREAMING_SIZES = (0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF)
 _MAX_OGG_PAGE_BYTES = 65_307
 
 
 class BadAudioError(UserError):
-    """A file that can't be used: `reason` says why and what to do, without the file's path."""
+    """A file that can't be used. `reason` is the message without the file's path."""
 
     def __init__(self, path: Path, reason: str):
-        super().__init__(f"{shown(path)}: {reason}")
+        super().__init__(f"{printable(path)}: {reason}")
         self.path, self.reason = path, reason
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
-    """What a full read of a source file found. `num_samples` is at 16 kHz."""
+class SourceInfo:
+    """Properties of a source file. `num_samples` is at 16 kHz."""
 
     sha256: str
     num_samples: int
@@ -49,7 +49,7 @@ class Facts:
 
 
 def is_audio(path: Path) -> bool:
-    """Whether `path` has the suffix of a format we read, and is not hidden."""
+    """Whether `path` has the suffix of a supported format and is not hidden."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
@@ -58,7 +58,7 @@ def read(path: str | os.PathLike[str]) -> Int16[np.ndarray, " T"]:
 
     Raises:
       UserError: naming the file and the remedy, if it is unreadable, truncated, empty, shorter
-        than 125 ms, silent throughout, or holds NaN or infinite samples.
+        than 125 ms, entirely silent, or holds NaN or infinite samples.
     """
     return np.concatenate(list(blocks(path)))
 
@@ -67,7 +67,7 @@ def blocks(path: str | os.PathLike[str]) -> Iterator[Int16[np.ndarray, " _"]]:
     """The file as consecutive blocks of 16 kHz mono PCM.
 
     Raises:
-      UserError: as `read`; what only the whole file shows is raised after its last block.
+      UserError: as `read`; some of these are only detected after the last block.
     """
     path = Path(path)
     _check_container(path)
@@ -77,17 +77,17 @@ def blocks(path: str | os.PathLike[str]) -> Iterator[Int16[np.ndarray, " _"]]:
         peak = max(peak, int(np.abs(pcm.astype(np.int32)).max(initial=0)))
         yield pcm
     if num_samples == 0:
-        raise BadAudioError(path, "is empty: it holds no samples; remove it or export it again")
+        raise BadAudioError(path, "is empty: it has no samples; remove it or export it again")
     if num_samples < MIN_SAMPLES:
         seconds = num_samples / SAMPLE_RATE
-        least = MIN_SAMPLES / SAMPLE_RATE
-        raise BadAudioError(path, f"is too short: {seconds:.3f} s, at least {least} s are needed")
+        minimum = MIN_SAMPLES / SAMPLE_RATE
+        raise BadAudioError(path, f"is too short: {seconds:.3f} s, at least {minimum} s are needed")
     if peak == 0:
         raise BadAudioError(path, "is silent for its whole length; remove it or export it again")
 
 
-def scan(path: str | os.PathLike[str]) -> Facts:
-    """Reads the whole file once and returns its `Facts`.
+def scan(path: str | os.PathLike[str]) -> SourceInfo:
+    """Reads the whole file and returns its `SourceInfo`.
 
     Raises:
       UserError: as `read`.
@@ -95,7 +95,7 @@ def scan(path: str | os.PathLike[str]) -> Facts:
     path = Path(path)
     num_samples = sum(pcm.size for pcm in blocks(path))
     info = sf.info(path)
-    return Facts(sha256(path), num_samples, info.samplerate, info.channels)
+    return SourceInfo(sha256(path), num_samples, info.samplerate, info.channels)
 
 
 def sha256(path: Path) -> str:
@@ -127,7 +127,7 @@ def _decode(path: Path) -> Iterator[Int16[np.ndarray, " _"]]:
                     where = frames_read + int(np.argmin(np.isfinite(block).all(1)))
                     raise BadAudioError(
                         path,
-                        f"holds a NaN or infinite sample at {where / file.samplerate:.3f} s; "
+                        f"contains a NaN or infinite sample at {where / file.samplerate:.3f} s; "
                         "repair it and export it as 16-bit PCM",
                     )
                 frames_read += len(block)
@@ -151,7 +151,7 @@ def _decode(path: Path) -> Iterator[Int16[np.ndarray, " _"]]:
     if is_mp3 and bytes_reached < 0.9 * (size := path.stat().st_size):
         raise BadAudioError(
             path,
-            f"has variable bit rate and no length header, so that only {bytes_reached} of its "
+            f"has a variable bit rate and no length header, so only {bytes_reached} of its "
             f"{size} bytes can be read; convert it to flac (ffmpeg -i FILE OUT.flac)",
         )
 
@@ -161,10 +161,10 @@ def _truncated(path: Path, found: str) -> BadAudioError:
 
 
 def _check_container(path: Path) -> None:
-    """Finds truncation that libsndfile passes over: a WAV or OGG that just ends early."""
+    """Finds truncation that libsndfile ignores: a WAV or OGG file that ends early."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to read a pipe would wait for ever
-            raise BadAudioError(path, "is no regular file; put the audio itself there")
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block
+            raise BadAudioError(path, "is not a regular file; replace it by the audio file")
         with open(path, "rb") as file:
             magic = file.read(4)
             size = file.seek(0, os.SEEK_END)
@@ -200,15 +200,15 @@ def _check_wav(path: Path, file, size: int) -> None:
         if declared == 0 and held > 1:
             raise BadAudioError(
                 path,
-                f"declares no samples but {held} bytes follow its header: it was streamed and "
-                "never finished; convert it again (ffmpeg -i FILE OUT.wav)",
+                f"declares no samples but {held} bytes follow its header: the "
+                "recording was never finished; convert it again (ffmpeg -i FILE OUT.wav)",
             )
         if held < declared:
             raise _truncated(path, f"{held} of {declared} bytes of audio")
         if held - declared >= 2**32:  # the size of the audio, modulo 2**32
             raise BadAudioError(
                 path,
-                "is over 4 GiB, which a WAV header can't say, so that only its start would be "
+                "is over 4 GiB, more than a WAV header can declare, so only its start would be "
                 "read; convert it to flac or RF64 (ffmpeg -i FILE -rf64 auto OUT.wav)",
             )
         return

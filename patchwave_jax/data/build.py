@@ -1,26 +1,25 @@
 """Builds a dataset: `python -m patchwave_jax.data.build --dataset=piano_demo`.
 
-A build happens aside and is renamed into place, so a dataset is there whole or not at all.
+A dataset is built in a staging folder and renamed, so it is complete or absent.
 """
 
 import argparse
 import contextlib
-import fcntl
 import io
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from patchwave_jax.data import audio, builder, manifest, remote
+from patchwave_jax.data import audio, builder, manifest
 from patchwave_jax.data.audio_folder import audio_folder_dataset_builder
 from patchwave_jax.data.maestro import maestro_dataset_builder
 from patchwave_jax.data.manifest import Manifest
 from patchwave_jax.data.piano_demo import piano_demo_dataset_builder
 from patchwave_jax.data.youtube_mix import youtube_mix_dataset_builder
-from patchwave_jax.errors import UserError, exits_cleanly, shown
+from patchwave_jax.errors import UserError, exits_cleanly, listed, printable
+from patchwave_jax.runtime.storage import Lock, is_url
 
 _BUILDERS: dict[str, type[builder.AudioBuilder]] = {
     "piano_demo": piano_demo_dataset_builder.Builder,
@@ -49,37 +48,37 @@ def build(
     skip_bad: bool = False,
     overwrite: bool = False,
 ) -> Manifest:
-    """Builds `dataset` from the folder `source` under `data_dir`, or finds it built already.
+    """Builds `dataset` from the folder `source` under `data_dir`, if it is not built already.
 
     Args:
       dataset: One of `manifest.DATASETS`.
-      source: The folder with the audio; None for `piano_demo`, which comes with the package.
+      source: The folder with the audio; None for `piano_demo`, which is part of the package.
       data_dir: The root of all built datasets.
-      skip_bad: Leave out files that can't be used, and list them in the manifest.
-      overwrite: Replace a dataset that was built from other files.
+      skip_bad: Skip files that can't be used, and list them in the manifest.
+      overwrite: Replace a dataset that was built from different files.
 
     Raises:
-      UserError: naming every stray, missing or unusable file; the difference, if what is built
-        is not from these files; the space needed, if there is too little.
+      UserError: naming every stray, missing or unusable file; the differences, if the dataset was
+        built from different files; or the space needed, if there is too little.
     """
-    if remote.is_address(data_dir):
-        raise UserError(f"{data_dir} is no folder; build in one, then copy it there")
+    if is_url(data_dir):
+        raise UserError(f"{data_dir} is not a folder; build in a folder, then copy it there")
     target = manifest.dataset_dir(data_dir, dataset)
     kind = _BUILDERS[dataset]
     source = kind.SOURCE or _source_folder(dataset, source)
-    with _locked(target.parent):
+    with Lock(target.parent, "--data_dir", wait=True):
         _recover(target)
         if target.exists() and not overwrite:
             built, _ = manifest.load(data_dir, dataset)
             if difference := _difference(built, kind.plan(source)):
                 raise UserError(
-                    f"{target} was built from other files than {source} holds now: {difference}; "
+                    f"{target} was built from other files than {source} has now: {difference}; "
                     "give --overwrite to replace it, or another --data_dir"
                 )
             return built
         staging = target.parent / "incomplete"
         try:
-            fresh = _build_aside(kind, source, staging, skip_bad)
+            fresh = _build_in(kind, source, staging, skip_bad)
             if target.exists():
                 target.rename(_replaced(target))
             fresh.rename(target)
@@ -89,21 +88,21 @@ def build(
     return manifest.load(data_dir, dataset)[0]
 
 
-def _build_aside(
+def _build_in(
     kind: type[builder.AudioBuilder], source: Path, staging: Path, skip_bad: bool
 ) -> Path:
-    """Builds in `staging` and returns the finished directory."""
+    """Builds in `staging` and returns the folder of the dataset."""
     tfds_builder = kind(data_dir=staging, skip_bad=skip_bad)
     config = tfds.download.DownloadConfig(
         manual_dir=source, compute_stats=tfds.download.ComputeStatsMode.SKIP, try_download_gcs=False
     )
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads
             tfds_builder.download_and_prepare(download_config=config)
     except (OSError, RuntimeError) as error:
-        told = " ".join(str(error).split())
+        cause = " ".join(str(error).split())
         raise UserError(
-            f"can't write the dataset to {staging.parent}: {told}; it takes up to "
+            f"can't write the dataset to {staging.parent}: {cause}; it takes up to "
             f"{tfds_builder.needed_bytes / 2**20:.0f} MiB"
         ) from error
     return Path(tfds_builder.data_path)
@@ -111,26 +110,13 @@ def _build_aside(
 
 def _source_folder(dataset: str, source: str | os.PathLike[str] | None) -> Path:
     if source is None:
-        raise UserError(f"{dataset} needs --source=DIR, the folder that holds its audio")
+        raise UserError(f"{dataset} needs --source=DIR, the folder with its audio")
     path = Path(source).expanduser()
     if not path.is_dir():
         raise UserError(f"--source={source} is not a folder")
     if not any(path.iterdir()):
-        raise UserError(f"--source={source} holds no files")
+        raise UserError(f"--source={source} has no files")
     return path
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Lets one process at a time build in `directory`. A killed process holds no lock."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / ".lock").touch()
-    except OSError as error:
-        raise UserError(f"can't build in {directory}: {error.strerror}") from error
-    with open(directory / ".lock") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _replaced(target: Path) -> Path:
@@ -138,7 +124,7 @@ def _replaced(target: Path) -> Path:
 
 
 def _recover(target: Path) -> None:
-    """Clears away what a killed build left, and puts back what it was about to replace."""
+    """Removes what a killed build left, and restores what it was about to replace."""
     shutil.rmtree(target.parent / "incomplete", ignore_errors=True)
     if _replaced(target).exists() and not target.exists():
         _replaced(target).rename(target)
@@ -146,8 +132,9 @@ def _recover(target: Path) -> None:
 
 
 def _difference(built: Manifest, planned: list[builder.Planned]) -> str:
-    """What sets the files apart from those that were built from, or nothing."""
-    before, now = built.hashes(), {file.name: file for file in planned}
+    """How the files differ from those that were built from; empty if they don't."""
+    before = {entry.name: entry.sha256 for entry in (*built.files, *built.skipped)}
+    now = {file.name: file for file in planned}
     splits = {entry.name: entry.split for entry in built.files}
     changed = {
         "not in the build": [name for name in now if name not in before],
@@ -162,15 +149,11 @@ def _difference(built: Manifest, planned: list[builder.Planned]) -> str:
             name for name, file in now.items() if splits.get(name, file.split) != file.split
         ],
     }
-    return "; ".join(
-        f"{kind}: {shown(', '.join(names[:5]))}{f' and {len(names) - 5} more' if names[5:] else ''}"
-        for kind, names in changed.items()
-        if names
-    )
+    return "; ".join(f"{kind}: {listed(names, 5)}" for kind, names in changed.items() if names)
 
 
 def report(built: Manifest, data_dir: str | os.PathLike[str]) -> str:
-    """A table of the splits, what needs attention, and the command to go on with."""
+    """A table of the splits, warnings, and the command to run next."""
     lines = [f"{built.dataset} {built.version} in {manifest.dataset_dir(data_dir, built.dataset)}"]
     lines.append(f"{'split':<12}{'files':>7}{'recordings':>12}{'minutes':>10}")
     for split in built.splits:
@@ -179,16 +162,16 @@ def report(built: Manifest, data_dir: str | os.PathLike[str]) -> str:
         minutes = sum(entry.num_samples for entry in files) / audio.SAMPLE_RATE / 60
         lines.append(f"{split:<12}{len(files):>7}{recordings:>12}{minutes:>10.1f}")
     if built.skipped:
-        lines.append(f"{len(built.skipped)} files left out:")
-        lines += [f"  {shown(entry.name)}: {entry.reason}" for entry in built.skipped]
+        lines.append(f"{len(built.skipped)} files skipped:")
+        lines += [f"  {printable(entry.name)}: {entry.reason}" for entry in built.skipped]
     total = len(built.files) + len(built.skipped)
     expected = youtube_mix_dataset_builder.NUM_FILES
     if built.dataset == "youtube_mix" and total != expected:
-        lines.append(f"note: {total} files, where the published set has {expected}")
+        lines.append(f"note: {total} files, but the published set has {expected}")
     first: dict[str, str] = {}
     for entry in built.files:
         if first.setdefault(entry.sha256, entry.split) != entry.split:
-            lines.append(f"warning: {shown(entry.name)} also stands in {first[entry.sha256]}")
+            lines.append(f"warning: {printable(entry.name)} is also in {first[entry.sha256]}")
     lines.append(
         "next: python -m patchwave_jax.train --config=configs/ctx128k.py:dense --workdir=DIR "
         f"--config.data.dataset={built.dataset} --config.data.data_dir={data_dir}"
@@ -203,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m patchwave_jax.data.build",
         description="Build a dataset: 16 kHz mono PCM in ArrayRecord shards, with a manifest.",
         epilog="\n".join(
-            f"{name}: {kind.MANUAL_DOWNLOAD_INSTRUCTIONS or 'Comes with the package.'}"
+            f"{name}: {kind.MANUAL_DOWNLOAD_INSTRUCTIONS or 'Part of the package.'}"
             for name, kind in _BUILDERS.items()
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -217,19 +200,14 @@ def main(argv: list[str] | None = None) -> None:
         help="root of built datasets (default: $PATCHWAVE_DATA_DIR or ~/.cache/patchwave_jax/data)",
     )
     parser.add_argument(
-        "--skip_bad", action="store_true", help="leave out files that can't be used, and list them"
+        "--skip_bad", action="store_true", help="skip files that can't be used, and list them"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace what was built from other files"
+        "--overwrite", action="store_true", help="replace a dataset that was built from other files"
     )
     flags = parser.parse_args(argv)
-    built = build(
-        flags.dataset,
-        flags.source,
-        flags.data_dir,
-        skip_bad=flags.skip_bad,
-        overwrite=flags.overwrite,
-    )
+    options = {"skip_bad": flags.skip_bad, "overwrite": flags.overwrite}
+    built = build(flags.dataset, flags.source, flags.data_dir, **options)
     print(report(built, flags.data_dir))
 
 

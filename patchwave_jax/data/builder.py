@@ -1,7 +1,7 @@
-"""What the TFDS builders share: scan the sources, write the manifest, stream out the records.
+"""Base of the TFDS builders: scans the sources, writes the manifest, streams the records.
 
-TFDS' generator path gathers a split in a shuffler that spills to disk through TensorFlow from
-1000 MiB on. Order matters here and nothing is shuffled, so `_shard_iterators_per_split` hands the
+TFDS collects the examples of a generator in a shuffler that spills to disk through TensorFlow from
+1000 MiB on. Order matters here and nothing is shuffled, so `_shard_iterators_per_split` passes the
 same generators to TFDS' shard-by-shard path instead: memory is bounded by one shard for a split
 of any size, and TensorFlow is never needed.
 """
@@ -25,14 +25,14 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from patchwave_jax.data import audio, manifest
 from patchwave_jax.data.manifest import RECORD_SAMPLES, FileEntry, Manifest, SkippedEntry
-from patchwave_jax.errors import UserError
+from patchwave_jax.errors import UserError, listed
 
 _pb: Any = tf_example_pb2
-SHARD_RECORDS = 256  # 64 MiB of PCM: also what a build holds in memory
+SHARD_RECORDS = 256  # 64 MiB of PCM, which a build holds in memory
 
 
 class _Ordered(ExampleWriter):
-    """Writes a record's features in one order; protobuf's own is another in every process."""
+    """Sorts the features of a record; protobuf's own order differs between processes."""
 
     def write(self, path: Any, examples: Iterable[Any]) -> Any:
         ordered = (
@@ -44,7 +44,7 @@ class _Ordered(ExampleWriter):
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A source file's place: files with the same `track` and split, in order, are one recording."""
+    """A source file. Consecutive files with the same `track` and split are one recording."""
 
     path: Path
     name: str
@@ -55,17 +55,17 @@ class Planned:
 class AudioBuilder(
     tfds.core.ShardBasedBuilder, tfds.core.GeneratorBasedBuilder, skip_registration=True
 ):
-    """Base of the builders. A subclass says which files there are and where they belong: `plan`."""
+    """Base of the builders. A subclass assigns files to splits and tracks: `plan`."""
 
     VERSION = tfds.core.Version(manifest.VERSION)
     RELEASE_NOTES: ClassVar[dict[str, str]] = {manifest.VERSION: "First release."}
-    SOURCE: ClassVar[Path | None] = None  # the sources' place, where they come with the package
+    SOURCE: ClassVar[Path | None] = None  # of sources that are part of the package
 
     def __init__(self, *, skip_bad: bool = False, **kwargs: Any):
-        """As TFDS builders; with `skip_bad`, files that can't be used are left out and listed."""
+        """Like TFDS builders. With `skip_bad`, files that can't be used are skipped and listed."""
         super().__init__(**{"file_format": "array_record", **kwargs})
         self._skip_bad = skip_bad
-        self.needed_bytes = 0  # at most, known after the scan
+        self.needed_bytes = 0  # an upper bound, set by the scan
 
     def _example_writer(self) -> ExampleWriter:
         return _Ordered(super()._example_writer().file_format)
@@ -113,7 +113,7 @@ class AudioBuilder(
     def _generate_examples(
         self, entries: Sequence[FileEntry], paths: Mapping[str, Path], progress: tqdm.tqdm
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The records of one split's files, numbered in order."""
+        """The records of one split, numbered in order."""
         key = 0
         for recording, group in itertools.groupby(entries, lambda entry: entry.recording):
             start, files = 0, list(group)
@@ -135,7 +135,7 @@ class AudioBuilder(
         for split, examples in self._split_generators(dl_manager).items():
             recordings = [r for r in self._manifest.recordings if r.split == split]
             num_records = sum(r.num_records for r in recordings)
-            # TFDS runs these one after the other, so each takes the stream up where it was left.
+            # TFDS runs these one after the other; each continues the same stream.
             take = functools.partial(itertools.islice, examples, SHARD_RECORDS)
             num_shards = -(-num_records // SHARD_RECORDS)
             shards[split] = [take] * (num_shards - 1) + [functools.partial(iter, examples)]
@@ -143,18 +143,18 @@ class AudioBuilder(
 
 
 def _pieces(entry: FileEntry, path: Path, progress: tqdm.tqdm) -> Iterator[np.ndarray]:
-    """A file's PCM, which must be as long as it was when it was scanned."""
+    """A file's PCM, which must have the same length as when it was scanned."""
     num_samples = 0
     for block in audio.blocks(path):
         num_samples += block.size
         yield block
     if num_samples != entry.num_samples:
-        raise UserError(f"{path} changed during the build; run it again when nothing writes there")
+        raise UserError(f"{path} changed during the build; run it again when it is complete")
     progress.update()
 
 
 def _regrouped(pieces: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The samples of `pieces` in arrays of `size`; the last one may be shorter."""
+    """Splits the concatenated `pieces` into arrays of `size`; the last one may be shorter."""
     pending = np.zeros(0, np.int16)
     for piece in pieces:
         pending = np.concatenate([pending, piece])
@@ -169,11 +169,11 @@ def scan(dataset: str, planned: Sequence[Planned], skip_bad: bool) -> Manifest:
     """Reads every file and returns the manifest.
 
     Raises:
-      UserError: listing every file that can't be used (without `skip_bad`), or the splits that
-        are left with no file.
+      UserError: listing every file that can't be used (without `skip_bad`), or the splits without
+        a usable file.
     """
 
-    def examine(file: Planned) -> audio.Facts | audio.BadAudioError:
+    def examine(file: Planned) -> audio.SourceInfo | audio.BadAudioError:
         try:
             file.name.encode()
             return audio.scan(file.path)
@@ -185,44 +185,40 @@ def scan(dataset: str, planned: Sequence[Planned], skip_bad: bool) -> Manifest:
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = tqdm.tqdm(planned, desc="Reading", unit="file", disable=None, leave=False)
         found = list(zip(progress, pool.map(examine, planned), strict=True))
-    bad = [facts for _, facts in found if isinstance(facts, audio.BadAudioError)]
+    bad = [info for _, info in found if isinstance(info, audio.BadAudioError)]
     if bad and not skip_bad:
         raise UserError(
             f"{len(bad)} of {len(planned)} files can't be used:\n"
             + "".join(f"  {error}\n" for error in bad)
-            + "Mend them, or leave them out with --skip_bad"
+            + "Repair them, or skip them with --skip_bad"
         )
     skipped, runs = [], {}
-    for file, facts in found:
-        if isinstance(facts, audio.BadAudioError):
+    for file, info in found:
+        if isinstance(info, audio.BadAudioError):
             sha256 = audio.sha256(file.path) if file.path.is_file() else ""
-            skipped.append(SkippedEntry(file.name, sha256, facts.reason))
-        else:  # what was left out interrupts the recording
-            runs.setdefault((file.split, file.track, len(skipped)), []).append((file, facts))
+            skipped.append(SkippedEntry(file.name, sha256, info.reason))
+        else:  # a skipped file interrupts the recording
+            runs.setdefault((file.split, file.track, len(skipped)), []).append((file, info))
     entries = []
     for (split, _, _), run in runs.items():
         first, last = run[0][0].name, run[-1][0].name
-        recording = first if first == last else f"{first}..{last}"
-        for file, facts in run:
-            entries.append(
-                FileEntry(
-                    name=file.name, split=split, recording=recording, **dataclasses.asdict(facts)
-                )
-            )
+        common = {"split": split, "recording": first if first == last else f"{first}..{last}"}
+        for file, info in run:
+            entries.append(FileEntry(file.name, **dataclasses.asdict(info), **common))
     if lost := {file.split for file in planned} - {entry.split for entry in entries}:
-        bad = ", ".join(entry.name for entry in skipped[:5])
+        names = listed([entry.name for entry in skipped], 5)
         raise UserError(
-            f"{dataset} has no usable file left in {', '.join(sorted(lost))}; add files, or move "
-            f"those that can't be used ({bad}{', ...' if skipped[5:] else ''}) out of the source"
+            f"{dataset} has no usable file in {', '.join(sorted(lost))}; add files, or move "
+            f"those that can't be used ({names}) out of the source"
         )
     return manifest.make(dataset, entries, skipped)
 
 
 def check_space(directory: str | os.PathLike[str], needed_bytes: int) -> None:
-    """Raises a `UserError` if `directory`'s file system hasn't room for `needed_bytes`."""
+    """Raises `UserError` if the disk of `directory` has less than `needed_bytes` left."""
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
         raise UserError(
             f"the dataset takes up to {needed_bytes / 2**20:.0f} MiB and the disk of {directory} "
-            f"has {free / 2**20:.0f} MiB left; free some, or choose another --data_dir"
+            f"has {free / 2**20:.0f} MiB left; make room, or choose another --data_dir"
         )

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from patchwave_jax.errors import UserError
 
 
 class DamagedShardError(UserError):
-    """A shard that can't be read, or is not the one that was built."""
+    """A shard that can't be read or does not match the manifest."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-    """One of a recording's files; its length is at 16 kHz."""
+    """One of the files of a recording. `num_samples` is at 16 kHz."""
 
     name: str
     num_samples: int
@@ -32,7 +31,7 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """A stretch of audio without a break: its files, one after the other."""
+    """One uninterrupted stretch of audio: the files that follow one another in it."""
 
     name: str
     files: tuple[SourceFile, ...]
@@ -44,14 +43,14 @@ class Recording:
 
 
 class Split:
-    """One split of a built dataset. Shards are opened at the first read; can be pickled.
+    """One split of a built dataset. Shards are opened by the first read. Can be pickled.
 
     Attributes:
       name: "train", "validation" or "test".
       dataset: The dataset's name.
-      recordings: In the order of their indices.
-      manifest_hash: SHA-256 of the dataset's manifest, which pins every source file.
-      skip_damaged: Whether those who need not read all of it pass by what is damaged.
+      recordings: Its recordings, in the order of their indices.
+      manifest_hash: SHA-256 of the dataset's manifest, which identifies every source file.
+      skip_damaged: Whether readers that don't need all of it may skip damaged parts.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Split:
         name: str,
         skip_damaged: bool = False,
     ):
-        """Of the dataset in `directory`, described by `built`. Use `open_split`."""
+        """Use `open_split`."""
         self.skip_damaged = skip_damaged
         self.name, self.dataset, self.manifest_hash = name, built.dataset, manifest_hash
         entries = [entry for entry in built.recordings if entry.split == name]
@@ -77,34 +76,27 @@ class Split:
             )
             for entry in entries
         )
-        self._lengths = [entry.num_samples for entry in entries]
-        self._first_records = [entry.first_record for entry in entries]
-        self._record_samples = built.record_samples
+        self._entries, self._record_samples = entries, built.record_samples
         self._directory = directory
         self._records: Sequence[Any] | None = None
-        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Split({self.dataset!r}, {self.name!r}, manifest {self.manifest_hash[:12]})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": None, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
+        return {**self.__dict__, "_records": None}
 
     def read(self, recording: int, start: int, count: int) -> Int16[np.ndarray, " count"]:
-        """PCM of `count` samples from `start` of a recording. Threads may read at once.
+        """PCM of `count` samples of a recording from `start` on. Thread-safe.
 
         Raises:
-          IndexError: if the recording doesn't hold these samples.
+          IndexError: if the recording doesn't have these samples.
           UserError: naming the shard, if it is damaged.
         """
-        if start < 0 or count < 0 or start + count > self._lengths[recording]:
+        length = self._entries[recording].num_samples
+        if start < 0 or count < 0 or start + count > length:
             raise IndexError(
-                f"samples {start} to {start + count} of recording {recording}, which has "
-                f"{self._lengths[recording]}"
+                f"samples {start} to {start + count} of recording {recording}, which has {length}"
             )
         pcm, size = np.empty(count, np.int16), self._record_samples
         for number in range(start // size, -(-(start + count) // size)):
@@ -116,10 +108,10 @@ class Split:
     def excerpts(
         self, stretches: Iterable[tuple[int, int, int]]
     ) -> Iterator[Int16[np.ndarray, " _"]]:
-        """PCM of each `(recording, start, count)`, without the damaged ones if they may be skipped.
+        """PCM of each `(recording, start, count)`, except damaged ones if `skip_damaged`.
 
         Raises:
-          UserError: as `read`; or if nothing is left.
+          UserError: as `read`, or if all of them are damaged.
         """
         found, last = 0, None
         for recording, start, count in stretches:
@@ -128,7 +120,7 @@ class Split:
             except DamagedShardError as error:
                 if not self.skip_damaged:
                     raise
-                logging.warning("passed by: %s", error)
+                logging.warning("skipped: %s", error)
                 last = error
                 continue
             found += 1
@@ -137,30 +129,27 @@ class Split:
             raise UserError(f"nothing of {self!r} can be read: {last}")
 
     def _read_record(self, recording: int, number: int) -> Int16[np.ndarray, " _"]:
-        key = self._first_records[recording] + number
+        entry = self._entries[recording]
+        key = entry.first_record + number
         try:
-            record = self._open()[key]
-        except Exception as error:  # array_record, riegeli and protobuf each have their own kinds
+            records = self._records
+            if records is None:  # two threads may both open them, which is harmless
+                records = _tfds_builder(self._directory).as_data_source(split=self.name)
+                self._records = records
+            record = records[key]
+        except Exception as error:  # array_record, riegeli and protobuf have their own exceptions
             raise DamagedShardError(
-                f"{self._shard_of(key)} is damaged: {_first_line(error)}; build the dataset again "
+                f"{self._shard_of(key)} is damaged: {_first_line(error)}; rebuild the dataset "
                 "with --overwrite, or train without that part: --config.data.skip_damaged=True"
             ) from error
         begin = number * self._record_samples
-        expected = min(self._record_samples, self._lengths[recording] - begin)
+        expected = min(self._record_samples, entry.num_samples - begin)
         if record["start"] != begin or record["audio"].size != expected:
             raise DamagedShardError(
-                f"{self._shard_of(key)} does not belong to its manifest; "
-                "build the dataset again with --overwrite"
+                f"{self._shard_of(key)} does not match the manifest; "
+                "rebuild the dataset with --overwrite"
             )
         return record["audio"]
-
-    def _open(self) -> Sequence[Any]:
-        with self._lock:
-            records = self._records
-            if records is None:
-                records = _tfds_builder(self._directory).as_data_source(split=self.name)
-                self._records = records
-            return records
 
     def _shard_of(self, key: int) -> str:
         """The path of the shard that holds record `key`."""
@@ -178,8 +167,8 @@ def open_split(
     """The named split of a built dataset.
 
     Raises:
-      UserError: if the dataset is unknown or not built (with the command that builds it), or
-        has no such split (with those it has).
+      UserError: if the dataset is unknown, not built (with the command that builds it), or has no
+        such split (with those it has).
     """
     built, manifest_hash = manifest.load(data_dir, dataset)
     if split not in built.splits:
@@ -194,7 +183,7 @@ def _tfds_builder(directory: Path) -> Any:
     except Exception as error:
         raise UserError(
             f"{directory} can't be opened ({_first_line(error)}); "
-            "build the dataset again with --overwrite"
+            "rebuild the dataset with --overwrite"
         ) from error
 
 

@@ -1,22 +1,25 @@
-"""The manifest beside a dataset's shards: what was built, from which files, and how to index it.
+"""The manifest of a dataset: what was built, from which files, and how to index it.
 
 A *recording* is one uninterrupted stretch of audio: a file, or several consecutive files that
-were cut from one track. Records are its successive pieces of 2**17 samples (the last may be
-shorter), so a window of a million samples reads eight or nine of them.
+were cut from one track. A record is a piece of 2**17 samples of a recording (its last one may be
+shorter), so a window of a million samples reads eight or nine records.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from patchwave_jax.data import remote
-from patchwave_jax.data.audio import SAMPLE_RATE
-from patchwave_jax.errors import UserError
+import fsspec
 
-VERSION = "1.0.0"  # of every dataset: they share one format
+from patchwave_jax.data.audio import SAMPLE_RATE
+from patchwave_jax.errors import UserError, names_file
+from patchwave_jax.runtime.storage import is_url, names_url, replacing
+
+VERSION = "1.0.0"  # of all datasets, which share one format
 RECORD_SAMPLES = 2**17
 SPLITS = ("train", "validation", "test")
 DATASETS = ("piano_demo", "youtube_mix", "maestro", "audio_folder")
@@ -49,7 +52,7 @@ class RecordingEntry:
 
 @dataclasses.dataclass(frozen=True)
 class SkippedEntry:
-    """A source file that was left out, and why. A missing file has an empty hash."""
+    """A source file that was skipped, and why. A missing file has an empty hash."""
 
     name: str
     sha256: str
@@ -58,7 +61,7 @@ class SkippedEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """All there is to know of a built dataset without opening a shard.
+    """Describes a built dataset, so that its shards need not be opened.
 
     `files` and `recordings` are in the order of their records, split by split.
     """
@@ -73,20 +76,16 @@ class Manifest:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits that hold audio, in the order of `SPLITS`."""
+        """Names of the splits with audio, in the order of `SPLITS`."""
         return tuple(split for split in SPLITS if any(r.split == split for r in self.recordings))
 
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of every source file by name, those skipped included."""
-        return {entry.name: entry.sha256 for entry in (*self.files, *self.skipped)}
-
     def to_json(self) -> str:
-        """The file's text: the same for the same content."""
+        """The text of the file, deterministic."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
 
 
 def make(dataset: str, files: list[FileEntry], skipped: list[SkippedEntry]) -> Manifest:
-    """The manifest of `files`, given in the order in which they are to be stored."""
+    """The manifest of `files`, which are in the order in which they will be stored."""
     files = sorted(files, key=lambda entry: SPLITS.index(entry.split))  # stable
     lengths: dict[tuple[str, str], int] = {}
     for entry in files:
@@ -108,19 +107,47 @@ def default_data_dir() -> Path:
 
 
 def dataset_dir(data_dir: str | os.PathLike[str], dataset: str) -> Path:
-    """Where `dataset`'s shards and manifest live under `data_dir`, an address' on this host."""
+    """The folder of `dataset`'s shards and manifest; a local copy if `data_dir` is a URL."""
     if dataset not in DATASETS:
         raise UserError(f"dataset {dataset!r} is unknown; use one of {', '.join(DATASETS)}")
-    if remote.is_address(data_dir):
-        address = f"{os.fspath(data_dir).rstrip('/')}/{dataset}/{VERSION}"
-        return remote.copy_of(address, dataset, default_data_dir() / "remote")
+    if is_url(data_dir):
+        url = f"{os.fspath(data_dir).rstrip('/')}/{dataset}/{VERSION}"
+        return local_copy(url, dataset, default_data_dir() / "remote")
     return Path(data_dir).expanduser() / dataset / VERSION
 
 
-def build_command(data_dir: str | os.PathLike[str], dataset: str) -> str:
-    """The command that builds `dataset` there."""
-    source = "" if dataset == "piano_demo" else " --source=DIR"
-    return f"python -m patchwave_jax.data.build --dataset={dataset}{source} --data_dir={data_dir}"
+@functools.cache
+def local_copy(url: str, dataset: str, cache: Path) -> Path:
+    """The copy, in `cache`, of the built dataset whose files are at `url`.
+
+    Any file system that fsspec supports will do. The copy is named by the manifest's hash, so
+    another dataset at the same URL is another copy.
+
+    Raises:
+      UserError: if it can't be read, with the cause, or the disk is full.
+    """
+    with names_url(url):
+        system, root = fsspec.core.url_to_fs(url)
+        try:
+            content = system.cat_file(f"{root}/{FILENAME}")
+        except FileNotFoundError:
+            raise UserError(
+                f"{url} holds no dataset; build {dataset} on a disk and copy its folder there: "
+                f"gcloud storage cp -r DATA_DIR/{dataset} {url.rsplit('/', 2)[0]}/"
+            ) from None
+    target = cache / hashlib.sha256(content).hexdigest()[:16]
+    if target.exists():
+        return target
+    print(f"copying {url} to {target}", flush=True)
+    with names_file(target), replacing(target) as copy:
+        copy.mkdir(parents=True)
+        with names_url(url):
+            for name in system.find(root):
+                path = copy / os.path.relpath(name, root)
+                with names_file(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                system.get_file(name, str(path))
+    return target
 
 
 def load(data_dir: str | os.PathLike[str], dataset: str) -> tuple[Manifest, str]:
@@ -130,7 +157,10 @@ def load(data_dir: str | os.PathLike[str], dataset: str) -> tuple[Manifest, str]
       UserError: with the command that builds it, if it is not built or its manifest is damaged.
     """
     path = dataset_dir(data_dir, dataset) / FILENAME
-    command = build_command(data_dir, dataset)
+    source = "" if dataset == "piano_demo" else " --source=DIR"
+    command = (
+        f"python -m patchwave_jax.data.build --dataset={dataset}{source} --data_dir={data_dir}"
+    )
     try:
         content = path.read_bytes()
     except FileNotFoundError:

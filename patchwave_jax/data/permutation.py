@@ -1,8 +1,8 @@
 """A keyed pseudo-random permutation of [0, size), computed pointwise: no table, size to 2**62.
 
-A Feistel network on the next even number of bits, with cycle walking: points that land beyond
-`size` are mapped again until they don't. The network is a bijection whatever its round function
-is, and so is its walk.
+A Feistel network on the next even number of bits, with cycle walking: points that are mapped beyond
+`size` are mapped again until they are not. The network is a bijection for any round function, and
+so is cycle walking.
 """
 
 import numpy as np
@@ -13,12 +13,12 @@ MAX_SIZE = 2**62
 
 
 def permute(index: Int64[np.ndarray, " n"], size: int, *key: int) -> Int64[np.ndarray, " n"]:
-    """Where the permutation of [0, size) under `key` sends each index.
+    """The image of each index under the permutation of [0, size) given by `key`.
 
     Args:
-      index: Points of [0, size).
+      index: Integers in [0, size).
       size: From 1 to 2**62.
-      *key: Integers of [0, 2**64). Different keys give unrelated permutations.
+      *key: Integers in [0, 2**64). Different keys give unrelated permutations.
     """
     index = np.asarray(index, np.int64)
     if not 1 <= size <= MAX_SIZE or (index < 0).any() or (index >= size).any():
@@ -32,8 +32,8 @@ def permute(index: Int64[np.ndarray, " n"], size: int, *key: int) -> Int64[np.nd
 
 
 def random_bits(count: int, *key: int) -> UInt64[np.ndarray, " count"]:
-    """Random words that depend on `key` only, and on every part of it."""
-    # SeedSequence pads with zeros and joins the words of large integers: give it fixed widths.
+    """Random 64-bit words, a function of all parts of `key`."""
+    # SeedSequence pads with zeros and joins the words of large integers: use fixed widths.
     words = [len(key), *(word for part in key for word in (part & 0xFFFFFFFF, part >> 32))]
     return np.random.SeedSequence(words).generate_state(count, np.uint64)
 

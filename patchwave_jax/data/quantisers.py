@@ -1,7 +1,7 @@
-"""8-bit quantisers between 16-bit PCM and the 256 codes a model sees.
+"""8-bit quantisers between 16-bit PCM and the 256 codes of the models.
 
-An NLL means nothing without the quantiser it was measured on, so the name travels with
-every configuration, checkpoint and result.
+An NLL means nothing without its quantiser, so the quantiser's name is part of every configuration,
+checkpoint and result.
 
 | name      | codes                                                                         |
 |-----------|-------------------------------------------------------------------------------|
@@ -21,7 +21,7 @@ from jaxtyping import Float, Float32, Int16, UInt8
 from patchwave_jax.errors import UserError
 
 NUM_CODES = 256
-SILENCE = 128  # the code of PCM 0, and of missing history
+SILENCE = 128  # the code of PCM 0, and of samples before the start
 FULL_SCALE = 32768
 NAMES = ("mulaw", "linear", "sashimi")
 

@@ -1,7 +1,7 @@
 """Training windows and evaluation clips of a split.
 
-A step's batch is a pure function of (seed, step, row): the same whatever the number of
-processes, and resumable from the step number alone.
+A row of a batch is a pure function of (seed, step, row): it does not depend on the number of
+processes, and training resumes from the step number alone.
 """
 
 import bisect
@@ -20,17 +20,17 @@ from patchwave_jax.data.index import DamagedShardError, Split
 from patchwave_jax.data.permutation import MAX_SIZE, permute, random_bits
 from patchwave_jax.errors import UserError
 
-# What a key is for, so that streams under one seed are unrelated.
+# Purposes of random keys, so that streams with the same seed are unrelated.
 _EPOCH, _POSITIONS, _AUGMENT, _REDRAW = 0, 1, 2, 3
-_MAX_REDRAWS = 100  # for one row; then hardly anything is left to train on
+_MAX_REDRAWS = 100  # of one row, which means that almost all of the data is damaged
 
 
 class Windows:
     """A grain data source whose elements are the batches of successive steps.
 
-    The starts of all windows that lie within a recording are the positions. Training takes them
+    A position is a start of a window that lies within one recording. Training takes positions
     without replacement, in a new order every epoch, from all of them or from `distinct_positions`
-    that are spread uniformly over them and fixed by the seed (the paper trains on 10 million).
+    that are sampled uniformly and fixed by the seed (the paper trains on 10 million).
     """
 
     def __init__(
@@ -51,58 +51,37 @@ class Windows:
         """Windows of `split`.
 
         Args:
-          split: Where to draw from.
+          split: The audio.
           window_samples: Length of a window.
           batch_size: Rows of the global batch.
           quantiser: One of `quantisers.NAMES`.
-          seed: Non-negative; decides the order, the distinct positions and the augmentation.
+          seed: Non-negative; determines the order, the distinct positions and the augmentation.
           distinct_positions: How many positions to train on; None for all.
           rows: This process' rows of the global batch; None for all.
-          segments: So many steps in a row read the same windows, one such part of them after the
-            other: for networks that carry a state along.
-          silent_samples: So many at the start of every other row become silence.
-          gain_db: Each row is made louder or softer by up to this, uniformly in dB.
-          pitch_semitones: Each row is resampled by up to this, uniformly in semitones. Near the
-            end of a recording a row that needs a longer stretch starts earlier than its position.
+          segments: Consecutive steps that read the same windows, each its own part of them in
+            order: for networks that carry a state from step to step.
+          silent_samples: Samples zeroed at the start of every second row.
+          gain_db: Maximum change of a row's level in either direction, uniform in dB.
+          pitch_semitones: Maximum change of a row's pitch in either direction by resampling,
+            uniform in semitones. Near the end of a recording a row that needs more audio than is
+            left starts before its position.
 
         Raises:
           UserError: if no recording is as long as a window, or an argument is out of range.
         """
-        for name, value, least in (
-            ("window_samples", window_samples, 1),
-            ("batch_size", batch_size, 1),
-            ("segments", segments, 1),
-            ("seed", seed, 0),
-            ("distinct_positions", 1 if distinct_positions is None else distinct_positions, 1),
-            ("gain_db", gain_db, 0),
-            ("pitch_semitones", pitch_semitones, 0),
-        ):
-            if value < least:
-                raise UserError(f"{name} is {value}; it must be at least {least}")
+        _check_minimum(1, window_samples=window_samples, batch_size=batch_size, segments=segments)
+        _check_minimum(0, seed=seed, gain_db=gain_db, pitch_semitones=pitch_semitones)
+        if distinct_positions is not None:
+            _check_minimum(1, distinct_positions=distinct_positions)
         self.split, self.window_samples, self.batch_size = split, window_samples, batch_size
         self.rows = range(batch_size) if rows is None else rows
         if any(not 0 <= row < batch_size for row in self.rows):
-            raise UserError(f"rows {self.rows} reach beyond batch_size {batch_size}")
+            raise UserError(f"rows {self.rows} exceed batch_size {batch_size}")
         self._segments, self._silent_samples = segments, silent_samples
         self._quantiser, self._seed = quantisers.get(quantiser), seed
         self._gain_db, self._pitch_semitones = gain_db, pitch_semitones
-        self._damages: set[str] = set()  # that were told
-
-        lengths = np.array([recording.num_samples for recording in split.recordings], np.int64)
-        counts = np.maximum(lengths - window_samples + 1, 0)
-        self._lengths, self._first_positions = lengths, np.concatenate([[0], np.cumsum(counts)])
-        self.num_positions = int(counts.sum())
-        if self.num_positions == 0:
-            raise UserError(
-                f"no recording of {split.dataset} {split.name} holds a window of "
-                f"window_samples={window_samples}: the longest has {lengths.max()} samples; "
-                "lower config.context_samples or use longer recordings"
-            )
-        if short := int((counts == 0).sum()):
-            logging.info(
-                "%d of %d recordings of %s %s are shorter than a window of %d samples: unused",
-                *(short, len(lengths), split.dataset, split.name, window_samples),
-            )
+        self._logged_damage: set[str] = set()
+        self._count_positions()
         if distinct_positions is not None and distinct_positions > self.num_positions:
             logging.warning(
                 "distinct_positions=%d, but %s %s has %d positions: using all of them",
@@ -110,15 +89,31 @@ class Windows:
             )
         self.epoch_positions = min(distinct_positions or self.num_positions, self.num_positions)
 
+    def _count_positions(self) -> None:
+        """Sets the number of positions and the first one of each recording."""
+        split, size = self.split, self.window_samples
+        lengths = np.array([recording.num_samples for recording in split.recordings], np.int64)
+        counts = np.maximum(lengths - size + 1, 0)
+        self._lengths, self._first_positions = lengths, np.concatenate([[0], np.cumsum(counts)])
+        self.num_positions = int(counts.sum())
+        if self.num_positions == 0:
+            raise UserError(
+                f"no recording of {split.dataset} {split.name} is as long as a window of "
+                f"window_samples={size}: the longest has {lengths.max()} samples; "
+                "lower config.context_samples or use longer recordings"
+            )
+        if short := int((counts == 0).sum()):
+            logging.info(
+                "%d of %d recordings of %s %s are shorter than a window of %d samples: unused",
+                *(short, len(lengths), split.dataset, split.name, size),
+            )
+
     def __len__(self) -> int:
-        """Steps on end: training never runs out of epochs."""
+        """Practically infinite: epochs follow one another."""
         return MAX_SIZE // self.batch_size
 
-    def __repr__(self) -> str:
-        return f"Windows({self.split!r}, window_samples={self.window_samples})"
-
     def locate(self, step: int, row: int) -> tuple[int, int]:
-        """Recording and start of one row's window in its recording."""
+        """The recording of one row's window and the window's start in it."""
         recordings, starts = self._locate(step // self._segments, range(row, row + 1))
         return int(recordings[0]), int(starts[0])
 
@@ -150,33 +145,21 @@ class Windows:
         Returns:
           codes: uint8 [rows, window_samples / segments].
           recording: int32 [rows], index of each row's recording.
-          start: int64 [rows], where in its recording the row's audio begins.
-          redrawn: int32 [rows], windows that were damaged, and another drawn in their place.
+          start: int64 [rows], start of each row's audio in its recording.
+          redrawn: int32 [rows], how many damaged windows were replaced by another draw.
 
         Raises:
           UserError: naming the shard, if it is damaged and the split does not skip that.
         """
-        index, segment = divmod(index, self._segments)
-        recordings, starts = self._locate(index, self.rows)
+        step, segment = divmod(index, self._segments)
+        recordings, starts = self._locate(step, self.rows)
         codes = np.empty((len(self.rows), self.window_samples), np.uint8)
         redrawn = np.zeros(len(self.rows), np.int32)
         for i, row in enumerate(self.rows):
-            while True:
-                try:
-                    pcm, start = self._pcm(index, row, int(recordings[i]), int(starts[i]))
-                    break
-                except DamagedShardError as error:
-                    if not self.split.skip_damaged or redrawn[i] == _MAX_REDRAWS:
-                        raise
-                    if str(error) not in self._damages:
-                        self._damages.add(str(error))
-                        logging.warning("skipped: %s", error)
-                    key = _REDRAW, self._seed, index, row, int(redrawn[i])
-                    position = random_bits(1, *key) % np.uint64(self.num_positions)
-                    recordings[i : i + 1], starts[i : i + 1] = self._place(position)
-                    redrawn[i] += 1
-            codes[i], starts[i] = self._quantiser.encode(pcm), start
-            if (index * self.batch_size + row) % 2:
+            place = int(recordings[i]), int(starts[i])
+            pcm, recordings[i], starts[i], redrawn[i] = self._read(step, row, *place)
+            codes[i] = self._quantiser.encode(pcm)
+            if (step * self.batch_size + row) % 2:
                 codes[i, : self._silent_samples] = quantisers.SILENCE
         size = self.window_samples // self._segments
         return {
@@ -186,10 +169,30 @@ class Windows:
             "redrawn": redrawn,
         }
 
-    def _pcm(
+    def _read(
+        self, step: int, row: int, recording: int, start: int
+    ) -> tuple[Int16[np.ndarray, " T"], int, int, int]:
+        """A window's PCM, its recording and start, and the number of damaged windows before it."""
+        redrawn = 0
+        while True:
+            try:
+                pcm, begin = self._augmented(step, row, recording, start)
+                return pcm, recording, begin, redrawn
+            except DamagedShardError as error:
+                if not self.split.skip_damaged or redrawn == _MAX_REDRAWS:
+                    raise
+                if str(error) not in self._logged_damage:
+                    self._logged_damage.add(str(error))
+                    logging.warning("skipped: %s", error)
+            bits = random_bits(1, _REDRAW, self._seed, step, row, redrawn)
+            recordings, starts = self._place(bits % np.uint64(self.num_positions))
+            recording, start = int(recordings[0]), int(starts[0])
+            redrawn += 1
+
+    def _augmented(
         self, step: int, row: int, recording: int, start: int
     ) -> tuple[Int16[np.ndarray, " T"], int]:
-        """A window's PCM, augmented, and where in the recording it was read."""
+        """A window's PCM after augmentation, and the start of what was read."""
         size = self.window_samples
         if not self._gain_db and not self._pitch_semitones:
             return self.split.read(recording, start, size), start
@@ -205,10 +208,16 @@ class Windows:
         return np.clip(np.round(pcm), -32768, 32767).astype(np.int16), start
 
 
+def _check_minimum(minimum: int, **values: float) -> None:
+    for name, value in values.items():
+        if value < minimum:
+            raise UserError(f"{name} is {value}; it must be at least {minimum}")
+
+
 def batches(
     windows: Windows, first_step: int, num_steps: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of `first_step` and on, read ahead by two threads; without end by default."""
+    """The batches from `first_step` on, prefetched by two threads; infinite by default."""
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     iterator: Any = iter(grain.MapDataset.source(windows).to_iter_dataset(options))
     iterator.set_state({"next_index": first_step})
@@ -216,7 +225,7 @@ def batches(
 
 
 class Clip(NamedTuple):
-    """A stretch of a recording to evaluate on. `start` counts from the recording's start."""
+    """A part of a recording to evaluate on. `start` counts from the recording's start."""
 
     recording: int
     file: str
@@ -227,13 +236,13 @@ class Clip(NamedTuple):
 def clips(
     split: Split, clip_samples: int | None, drop_last: bool, per_file: bool = False
 ) -> Iterator[Clip]:
-    """Consecutive clips that don't overlap, from the start of each recording.
+    """Consecutive, non-overlapping clips from the start of each recording.
 
     Args:
-      split: What to cut up.
+      split: The recordings.
       clip_samples: Length of a clip; None for one clip per recording (per file, with `per_file`).
-      drop_last: Leave out what remains at the end and is shorter than a clip.
-      per_file: Start anew at each source file, as SaShiMi's protocol does.
+      drop_last: Leave out a last clip that is shorter than the others.
+      per_file: Start a new clip at each source file, as SaShiMi's protocol does.
     """
     if clip_samples is not None and clip_samples < 1:
         raise UserError(f"clip_samples is {clip_samples}; it must be at least 1")

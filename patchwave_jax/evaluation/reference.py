@@ -19,6 +19,7 @@ from patchwave_jax.evaluation.classical import NAMES, ClassicalBaselines
 from patchwave_jax.evaluation.measure import Targets, measure_classical
 from patchwave_jax.evaluation.nll import LN2
 from patchwave_jax.runtime.distributed import is_first
+from patchwave_jax.runtime.storage import write_atomically
 
 FILENAME = "yardsticks.json"
 FIT_CLIP_SAMPLES = 262_144
@@ -120,7 +121,4 @@ def _open(workdir: str | os.PathLike[str], train_split: Split, quantiser: str) -
 def _write(workdir: str | os.PathLike[str], kept: dict[str, Any]) -> None:
     if not is_first():
         return
-    path = Path(workdir) / FILENAME
-    aside = path.with_name(f"{FILENAME}.{os.getpid()}")
-    aside.write_text(json.dumps(kept) + "\n")
-    aside.replace(path)
+    write_atomically(Path(workdir) / FILENAME, json.dumps(kept) + "\n")

@@ -22,7 +22,7 @@ from patchwave_jax.data import quantisers
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError
 from patchwave_jax.evaluation.nll import LN2
-from patchwave_jax.runtime.lock import Lock
+from patchwave_jax.runtime.storage import Lock, write_atomically
 
 RECORD = "run.json"
 WAV_HEADER_BYTES = 44
@@ -187,10 +187,8 @@ class Outputs:
         }
 
     def _replace(self, path: Path, content: dict[str, Any]) -> None:
-        aside = path.with_suffix(".tmp")
         with _says_what_failed(path):
-            aside.write_text(json.dumps(content, indent=1) + "\n")
-            aside.replace(path)
+            write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 @contextlib.contextmanager

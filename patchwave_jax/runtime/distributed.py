@@ -1,9 +1,9 @@
-"""Several processes that run one command together: who is who, whose rows, and a common end.
+"""Several processes that run one command together: how they start, share batches, and stop.
 
-On Cloud TPU, GKE and Slurm (`srun`) JAX finds out by itself. Elsewhere three variables say it:
-`JAX_COORDINATOR_ADDRESS=HOST:PORT`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. All processes compute
-the same; each reads and places its own rows of every batch, and only the first prints and writes.
-Without a cluster there is one process, and nothing here communicates.
+On Cloud TPU, GKE and Slurm (`srun`) JAX detects the cluster. Elsewhere three variables define it:
+`JAX_COORDINATOR_ADDRESS=HOST:PORT`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. All processes run the
+same program; each reads and places its own rows of every batch, and only the first prints and
+writes. Without a cluster there is one process, and nothing here communicates.
 """
 
 import os
@@ -27,8 +27,8 @@ _COUNT, _ID, _ADDRESS = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_
 def run(main: Callable[[], None], *, agrees_to_stop: bool = False) -> None:
     """Runs a command in all processes of a cluster, or alone.
 
-    With `agrees_to_stop` SIGTERM is for `stop_agreed` to tell; else it ends the process. One that
-    fails leaves at once, which the others notice: to wait for them were to wait for each other.
+    With `agrees_to_stop`, `stop_agreed` reports SIGTERM; otherwise it ends the process. A process
+    that fails exits at once, without waiting for the others, which would wait for it in turn.
     """
     keep_compilations()
     jax.config.update("jax_enable_preemption_service", agrees_to_stop)
@@ -47,8 +47,8 @@ def run(main: Callable[[], None], *, agrees_to_stop: bool = False) -> None:
     except BaseException:
         traceback.print_exc()
         print(
-            f"error: process {jax.process_index()} of {jax.process_count()} ends, and the others "
-            "will; the same command goes on from the last checkpoint",
+            f"error: process {jax.process_index()} of {jax.process_count()} failed, and the others "
+            "will stop; the same command resumes from the last checkpoint",
             file=sys.stderr,
         )
         code = 1
@@ -58,10 +58,10 @@ def run(main: Callable[[], None], *, agrees_to_stop: bool = False) -> None:
 
 
 def start() -> None:
-    """Joins the processes of a cluster; all but the first are silenced.
+    """Joins the processes of a cluster; only the first one keeps its standard output.
 
     Raises:
-      UserError: if the variables that name them are incomplete or wrong.
+      UserError: if the variables that define the cluster are incomplete or wrong.
     """
     given = {name: os.environ[name] for name in (_COUNT, _ID) if name in os.environ}
     if given.get(_COUNT) == "1":
@@ -70,7 +70,7 @@ def start() -> None:
     if given:
         for name in (_ADDRESS, _COUNT, _ID):
             if not os.environ.get(name):
-                raise UserError(f"{name} is not set, but {next(iter(given))} is; set both or none")
+                raise UserError(f"{name} is not set, but {next(iter(given))} is; set all or none")
         for name, text in given.items():
             if not text.isdecimal():
                 raise UserError(f"{name} must be a number, got {text!r}")
@@ -82,7 +82,7 @@ def start() -> None:
     except ValueError as error:
         if "coordinator_address should be defined" not in str(error):
             raise
-        return  # there is no cluster
+        return  # no cluster
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -93,55 +93,55 @@ def is_first() -> bool:
 
 
 def own_rows(mesh: Mesh, total: int) -> list[int]:
-    """Rows of a batch of `total` that this process' devices hold, in their order."""
+    """Rows of a batch of `total` rows that this process' devices hold, in ascending order."""
     held = NamedSharding(mesh, PartitionSpec("data")).addressable_devices_indices_map((total,))
     return sorted({row for index in held.values() if index for row in range(total)[index[0]]})
 
 
 def place_rows(mesh: Mesh, rows: UInt8[np.ndarray, "b T"], total: int) -> Any:
-    """A batch of `total` rows, to be given to a jitted function, from this process' own `rows`."""
+    """A global batch of `total` rows for a jitted function, from this process' own `rows`."""
     if jax.process_count() == 1:
-        return rows  # which a jitted function splits by itself
+        return rows  # jit shards them
     own, sharding = own_rows(mesh, total), NamedSharding(mesh, PartitionSpec("data"))
 
-    def piece(index: Any) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         wanted = range(total)[index[0]]
         first = own.index(wanted[0])
         return np.array(rows[first : first + len(wanted)])
 
-    return jax.make_array_from_callback((total, *rows.shape[1:]), sharding, piece)
+    return jax.make_array_from_callback((total, *rows.shape[1:]), sharding, shard)
 
 
-def fetch(tree: Any) -> Any:
-    """Arrays, whole, in the host's memory; all that hold parts of one have to ask."""
+def to_host(tree: Any) -> Any:
+    """Global arrays in this host's memory. Collective: all processes must call it."""
 
-    def whole(x: Any) -> Any:
+    def gather(x: Any) -> Any:
         split = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
         return multihost_utils.process_allgather(x, tiled=True) if split else jax.device_get(x)
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(gather, tree)
 
 
 def process_min(value: float) -> float:
-    """The smallest `value` of all processes; all have to call it."""
+    """The minimum of `value` over all processes. Collective: all processes must call it."""
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.process_allgather(np.float32(value)).min())
 
 
-def all_agree(yes: bool) -> bool:
-    """Whether it is so in every process; all have to ask."""
-    return process_min(float(yes)) == 1
+def all_agree(value: bool) -> bool:
+    """Whether `value` is true in every process. Collective: all processes must call it."""
+    return process_min(float(value)) == 1
 
 
-def wait_for_all(what: str) -> None:
-    """Returns once all processes are at the same point."""
+def wait_for_all(name: str) -> None:
+    """A barrier called `name`: returns when all processes have reached it."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
 def stop_agreed(step: int, stopping: Callable[[], bool]) -> bool:
-    """Whether to stop after `step`: a signal to any process stops all of them at one step."""
+    """Whether to stop after `step`: a signal to any process stops all of them at the same step."""
     if jax.process_count() == 1:
         return stopping()
     return multihost_utils.reached_preemption_sync_point(step)

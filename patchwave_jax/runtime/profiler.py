@@ -1,4 +1,4 @@
-"""A profiler's trace of some training steps, for TensorBoard's profile plugin and XProf."""
+"""Profiler traces of training steps, for TensorBoard's profile plugin and XProf."""
 
 import re
 from collections.abc import Callable
@@ -10,33 +10,32 @@ import jax
 from patchwave_jax.errors import UserError
 from patchwave_jax.runtime.distributed import is_first
 
-MOST_STEPS = 100  # a trace holds every operation of every step
-Steps = tuple[int, int]  # the first and the last, counted from 1
+MAX_STEPS = 100  # a trace holds every operation of every step
+Steps = tuple[int, int]  # first and last, counted from 1
 
 
-def parse(asked: str) -> Steps:
-    """The steps of `--profile_steps=FIRST:LAST`. Raises `UserError` if that is no range."""
-    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", asked)
+def parse_steps(flag: str) -> Steps:
+    """Parses `--profile_steps=FIRST:LAST`. Raises `UserError` if that is not a valid range."""
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", flag)
     first, last = map(int, found.groups()) if found else (0, 0)
-    if not 1 <= first <= last < first + MOST_STEPS:
+    if not 1 <= first <= last < first + MAX_STEPS:
         raise UserError(
-            f"--profile_steps={asked} is no range of 1 to {MOST_STEPS} steps; 10:13 are four"
+            f"--profile_steps={flag} must be FIRST:LAST with at most {MAX_STEPS} steps, as in 10:13"
         )
     return first, last
 
 
 class StepProfiler:
-    """Runs steps, and traces those that were asked for. A context manager.
+    """Runs steps and traces the requested ones to WORKDIR/profile. A context manager.
 
-    The trace is in WORKDIR/profile, each step in it annotated with its number. Of several
-    processes the first one's devices are traced.
+    Each step is annotated with its number. Of several processes, only the first is traced.
     """
 
     def __init__(self, steps: Steps | None, folder: Path, done: int, num_steps: int):
-        """For a run from step `done` to `num_steps`; `steps` is None for no trace.
+        """For a run that has done `done` of `num_steps` steps; no trace if `steps` is None.
 
         Raises:
-          UserError: if the run has no such steps.
+          UserError: if the run doesn't include these steps.
         """
         if steps and not done < steps[0] <= steps[1] <= num_steps:
             raise UserError(
@@ -54,7 +53,7 @@ class StepProfiler:
             jax.profiler.stop_trace()
 
     def run(self, number: int, update: Callable[..., Any], *args: Any) -> Any:
-        """`update(*args)`, which is step `number`."""
+        """Returns `update(*args)`, which is step `number`."""
         if number == self._steps[0]:
             jax.block_until_ready(args)
             jax.profiler.start_trace(self._directory)
@@ -65,7 +64,5 @@ class StepProfiler:
             jax.block_until_ready(result)
             jax.profiler.stop_trace()
             self._running = False
-            print(
-                f"steps {self._steps[0]} to {number} are traced in profile of --workdir", flush=True
-            )
+            print(f"traced steps {self._steps[0]} to {number} in profile of --workdir", flush=True)
         return result

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, heard where a loop can stop and save."""
+"""Lets a loop stop and save on SIGTERM or Ctrl-C."""
 
 import contextlib
 import signal
@@ -7,22 +7,22 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def stop_requested(shared: bool = False) -> Iterator[Callable[[], bool]]:
-    """Within it, a first SIGTERM or Ctrl-C only makes the yielded function say True.
+    """Yields a function that returns True after a first SIGTERM or Ctrl-C; a second one kills.
 
-    If it is `shared`, JAX hears SIGTERM, for `distributed.stop_agreed`; Ctrl-C becomes one.
+    With `shared`, JAX handles SIGTERM (see `distributed.stop_agreed`), and Ctrl-C raises SIGTERM.
     """
     received: list[int] = []
     signals = (signal.SIGINT,) if shared else (signal.SIGTERM, signal.SIGINT)
 
-    def note(number: int, _: object) -> None:
+    def handle(number: int, _: object) -> None:
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        signal.signal(number, signal.SIG_DFL)
         if shared:
             signal.raise_signal(signal.SIGTERM)
 
-    before = [signal.signal(number, note) for number in signals]
+    previous = [signal.signal(number, handle) for number in signals]
     try:
         yield lambda: bool(received)
     finally:
-        for number, handler in zip(signals, before, strict=True):
+        for number, handler in zip(signals, previous, strict=True):
             signal.signal(number, handler)

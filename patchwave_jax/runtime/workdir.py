@@ -1,8 +1,7 @@
-"""A run's working directory: a folder, or an address in a bucket such as `gs://bucket/runs/pw`.
+"""A run's working directory: a folder, or a URL of a bucket such as `gs://bucket/runs/pw`.
 
-Checkpoints are written and read where they are, by orbax. The other files of a run in a bucket are
-appended to and renamed, which a bucket can't: they live in a temporary folder, are fetched from
-the bucket when a command starts, and go there when `publish` says so.
+Orbax writes and reads checkpoints in place. A bucket can't append to or rename the other files of a
+run: they live in a temporary folder, downloaded when a command starts and uploaded by `publish`.
 """
 
 import contextlib
@@ -15,92 +14,93 @@ import fsspec
 from absl import logging
 from etils import epath
 
-from patchwave_jax.data.remote import is_address, names_address
 from patchwave_jax.errors import UserError
 from patchwave_jax.runtime.distributed import is_first
-from patchwave_jax.runtime.lock import FILENAME as LOCK
+from patchwave_jax.runtime.storage import LOCK_NAME, is_url, names_url
 
-LEFT = ("checkpoints", "damaged", "profile", "tensorboard")  # there when the others are fetched
+_NOT_DOWNLOADED = ("checkpoints", "damaged", "profile", "tensorboard")
 
 
 class Workdir:
-    """The files of a run but its checkpoints, in `folder`. A context manager: `publish` ends it."""
+    """The files of a run except its checkpoints, in `folder`. A context manager that publishes."""
 
-    def __init__(self, place: str | os.PathLike[str]):
-        self._address = os.fspath(place) if is_address(place) else ""
+    def __init__(self, path: str | os.PathLike[str]):
+        self._url = os.fspath(path) if is_url(path) else ""
         self._system, self._published = None, {}
-        self.folder = Path(place)
+        self.folder = Path(path)
 
     def __enter__(self) -> "Workdir":
-        """Fetches what is in the bucket, where `place` is an address.
+        """Downloads the files, if `path` is a URL.
 
         Raises:
-          UserError: if it can't be read, or is of a kind that checkpoints can't be at.
+          UserError: if it can't be read, or checkpoints don't support this kind of URL.
         """
-        if self._address:
-            as_path(self._address)
-            with contextlib.ExitStack() as stack, names_address(self._address):
+        if self._url:
+            as_path(self._url)
+            with contextlib.ExitStack() as stack, names_url(self._url):
                 scratch = tempfile.TemporaryDirectory(prefix="patchwave_jax-")
                 self.folder = Path(stack.enter_context(scratch))
-                self._system, self._root = fsspec.core.url_to_fs(self._address)
-                self._fetch(self._system)
+                self._system, self._root = fsspec.core.url_to_fs(self._url)
+                self._download(self._system)
                 self._scratch = stack.pop_all()
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        if not self._address:
+        if not self._url:
             return
         with self._scratch:
             try:
                 self.publish()
             except UserError as error:
-                if kind is None:  # else what went wrong before is what to tell
+                if kind is None:  # otherwise report the earlier error
                     raise
                 logging.error("%s", error)
 
     def publish(self) -> None:
-        """Copies what is new in `folder` to the bucket, if there is one.
+        """Uploads the files that changed since the last call, if `path` is a URL.
 
         Raises:
-          UserError: if it can't be written there.
+          UserError: if the bucket can't be written.
         """
         if self._system is None or not is_first():
             return
-        for file in sorted(p for p in self.folder.rglob("*") if p.is_file() and p.name != LOCK):
-            if self._published.get(file) != (now := _stamp(file)):
+        files = (path for path in self.folder.rglob("*") if path.is_file())
+        for file in sorted(path for path in files if path.name != LOCK_NAME):
+            if self._published.get(file) != (stamp := _stamp(file)):
                 name = file.relative_to(self.folder).as_posix()
-                with names_address(f"{self._address}/{name}", writing=True):
+                with names_url(f"{self._url}/{name}", writing=True):
                     self._system.put_file(str(file), f"{self._root}/{name}")
-                self._published[file] = now
+                self._published[file] = stamp
 
-    def _fetch(self, system: Any) -> None:
+    def _download(self, system: Any) -> None:
         for name in system.find(self._root):
             relative = os.path.relpath(name, self._root)
-            if relative.split("/")[0] not in LEFT and not name.endswith("/"):  # an empty folder
+            is_folder = name.endswith("/")
+            if relative.split("/")[0] not in _NOT_DOWNLOADED and not is_folder:
                 file = self.folder / relative
                 file.parent.mkdir(parents=True, exist_ok=True)
                 system.get_file(name, str(file))
                 self._published[file] = _stamp(file)
 
 
-def as_path(place: str | os.PathLike[str]) -> epath.Path:
-    """A working directory as a path, of a folder or of a bucket.
+def as_path(path: str | os.PathLike[str]) -> epath.Path:
+    """A working directory as a path, local or in a bucket.
 
     Raises:
-      UserError: if it is at an address of another kind.
+      UserError: if it is a URL that is not gs://.
     """
-    if not is_address(place):
-        return epath.Path(place).resolve()
-    if not os.fspath(place).startswith("gs://"):
-        raise UserError(f"--workdir={os.fspath(place)} is neither a folder nor at gs://")
-    return epath.Path(place)
+    if not is_url(path):
+        return epath.Path(path).resolve()
+    if not os.fspath(path).startswith("gs://"):
+        raise UserError(f"--workdir={os.fspath(path)} is neither a folder nor a gs:// URL")
+    return epath.Path(path)
 
 
-def clips_of(place: str | os.PathLike[str]) -> str:
-    """Where to have clips of a run: a folder, since they grow as they are made."""
-    return "generated" if is_address(place) else f"{os.fspath(place)}/generated"
+def clips_of(path: str | os.PathLike[str]) -> str:
+    """Where to generate clips of a run: a local folder, because they are appended to."""
+    return "generated" if is_url(path) else f"{os.fspath(path)}/generated"
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_mtime_ns, found.st_size
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.runtime.distributed import is_first
+from patchwave_jax.runtime.storage import write_atomically
 
 _pb: Any = event_pb2
 
@@ -37,9 +38,7 @@ class MetricsWriter:
         kept = [row for row in rows if _step_of(row) <= first_step]
         first = is_first()
         if first and len(kept) < len(rows):
-            aside = self._path.with_suffix(".tmp")
-            aside.write_text("".join(f"{row}\n" for row in kept))
-            aside.replace(self._path)
+            write_atomically(self._path, "".join(f"{row}\n" for row in kept))
         self._file = (self._path if first else Path(os.devnull)).open("a")
         # Not by tensorboardX's SummaryWriter, whose thread dies unheard of a full disk.
         board = Path(workdir) / "tensorboard"

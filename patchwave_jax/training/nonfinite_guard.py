@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 
 from patchwave_jax.data.windows import Windows
 from patchwave_jax.errors import UserError
-from patchwave_jax.runtime.distributed import fetch, is_first
+from patchwave_jax.runtime.distributed import is_first, to_host
 
 MOST_IN_A_ROW = 10  # skipped steps; then the run ends
 MOST_KEPT = 20  # batches, of those that were not finite
@@ -41,7 +41,7 @@ class NonFiniteGuard:
     def read(self) -> dict[str, float]:
         """The newest step's loss and gradient, and what was skipped since the last reading."""
         steps = [step for step, _, _ in self._pending]
-        measured = fetch([metrics for _, metrics, _ in self._pending])
+        measured = to_host([metrics for _, metrics, _ in self._pending])
         redrawn = sum(count for _, _, count in self._pending)
         self._pending.clear()
         skipped, nats, norm = 0, math.nan, math.nan

@@ -1,11 +1,10 @@
-"""Kills the commands at random moments, starts them again, and compares how they end.
+"""Kills the commands at random moments, restarts them, and compares the results.
 
     pytest tests/crash -n 0 -s --kills=50
 
-`train`, `data.build` and `generate` run as processes of their own and get SIGKILL or SIGTERM: at a
-moment drawn evenly from the time an undisturbed run takes, or as soon as what is delicate is under
-way: a save, a build's writing, a growing clip. However often, the end is that of the undisturbed
-run to the last bit.
+`train`, `data.build` and `generate` run as processes and get SIGKILL or SIGTERM: at a time drawn
+uniformly from the duration of an undisturbed run, or as soon as a checkpoint, a shard or a clip is
+being written. The result must be that of the undisturbed run, bit for bit.
 """
 
 import contextlib
@@ -25,8 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile as sf
-from small_run import make_config, make_data, make_run, tones
-from test_data_build import tree_hashes
+from small_run import make_config, make_data, make_run, tones, tree_hashes
 from test_train import final_state, metrics, same_bits
 
 from patchwave_jax.checkpoint import Checkpoints
@@ -37,7 +35,7 @@ HERE = Path(__file__).parent
 
 @dataclasses.dataclass
 class Command:
-    """A command to be killed; a new path of `delicate` shows a point where that could hurt."""
+    """A command to kill. A new path in `delicate` shows that it is writing something."""
 
     arguments: list[str]
     cache: Path
@@ -50,7 +48,7 @@ class Command:
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "8",  # as tiny.py asks for when JAX has started
+            "JAX_NUM_CPU_DEVICES": "8",  # as tests/conftest.py sets, but earlier
         }
         return subprocess.Popen(
             [sys.executable, "-m", *self.arguments, *more],
@@ -62,13 +60,13 @@ class Command:
 
     def traces(self) -> set[tuple[Path, int]]:
         found = set()
-        with contextlib.suppress(OSError):  # what is seen may be gone already
+        with contextlib.suppress(OSError):  # a file may have been removed meanwhile
             for path in self.delicate():
                 found.add((path, path.stat().st_ino))
         return found
 
     def finish(self, *more: str) -> float:
-        """Runs it to its end; returns how long that took."""
+        """Runs it to its end; returns its duration in seconds."""
         begin = time.monotonic()
         process = self.start(*more)
         output, _ = process.communicate(timeout=900)
@@ -76,7 +74,7 @@ class Command:
         return time.monotonic() - begin
 
     def kill(self, draw: random.Random, seconds: float, *more: str) -> str:
-        """Starts it and kills it; returns how, or nothing if it came to its end before."""
+        """Starts and kills it; returns how, or an empty string if it ended before."""
         number = draw.choice([signal.SIGKILL, signal.SIGTERM])
         aimed = draw.random() < 0.6
         before, process = self.traces(), self.start(*more)
@@ -102,7 +100,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def kills(request) -> Callable[[str, int], int]:
-    """How often to kill: so many times without --kills, else its share of them."""
+    """How often to kill a command: its share of --kills, or a given number without the flag."""
     total = request.config.getoption("--kills")
     shares = {"train": 0.4, "build": 0.3, "generate": 0.3}
     return lambda what, few: round(shares[what] * total) if total else few
@@ -135,17 +133,17 @@ def test_training(data, cache, kills, tmp_path):
 
     straight, disturbed = command(tmp_path / "straight"), command(tmp_path / "disturbed")
     seconds, draw = straight.finish(), random.Random(1)
-    told, runs = Counter(), 1
-    while told.total() < kills("train", 1):
+    kinds, runs = Counter(), 1
+    while kinds.total() < kills("train", 1):
         if how := disturbed.kill(draw, seconds):
-            told[how] += 1
-        else:  # it is at its end: once more from the beginning
+            kinds[how] += 1
+        else:  # it has ended: start again from the beginning
             check()
             shutil.rmtree(tmp_path / "disturbed")
             runs += 1
     disturbed.finish()
     check()
-    print(f"train, {runs} runs: {dict(told)}")
+    print(f"train, {runs} runs: {dict(kinds)}")
 
 
 def test_building(cache, kills, tmp_path):
@@ -160,17 +158,17 @@ def test_building(cache, kills, tmp_path):
         return Command([*arguments, f"--data_dir={target}"], cache, writing)
 
     seconds, draw = command(tmp_path / "straight").finish(), random.Random(2)
-    whole, told = tree_hashes(tmp_path / "straight"), Counter()
-    while told.total() < kills("build", 1):
+    expected, kinds = tree_hashes(tmp_path / "straight"), Counter()
+    while kinds.total() < kills("build", 1):
         if how := command(tmp_path / "data").kill(draw, seconds, "--overwrite"):
-            told[how] += 1
-        if (tmp_path / "data/audio_folder/1.0.0").exists():  # then it is whole
+            kinds[how] += 1
+        if (tmp_path / "data/audio_folder/1.0.0").exists():  # then it is complete
             split = open_split(tmp_path / "data", "audio_folder", "train")
             for index, recording in enumerate(split.recordings):
                 split.read(index, 0, recording.num_samples)
     command(tmp_path / "data").finish()
-    print(f"build: {dict(told)}")
-    assert tree_hashes(tmp_path / "data") == whole
+    print(f"build: {dict(kinds)}")
+    assert tree_hashes(tmp_path / "data") == expected
 
 
 def test_generating(data, cache, kills, tmp_path):
@@ -178,7 +176,7 @@ def test_generating(data, cache, kills, tmp_path):
 
     def command(out: Path) -> Command:
         arguments = ["patchwave_jax.generate", f"--out={out}"]
-        growing = functools.partial(out.glob, "000.json")  # another file whenever it has grown
+        growing = functools.partial(out.glob, "000.json")  # a new file whenever the clip has grown
         return Command(arguments, cache, growing)
 
     begin = [f"--workdir={workdir}", "--seconds=4", "--num=2"]
@@ -192,19 +190,19 @@ def test_generating(data, cache, kills, tmp_path):
 
     seconds, draw = command(tmp_path / "straight").finish(*begin), random.Random(3)
     disturbed, more = command(tmp_path / "out"), begin
-    told, runs = Counter(), 1
-    while told.total() < kills("generate", 1):
+    kinds, runs = Counter(), 1
+    while kinds.total() < kills("generate", 1):
         if how := disturbed.kill(draw, seconds, *more):
-            told[how] += 1
+            kinds[how] += 1
         else:
             check()
             shutil.rmtree(tmp_path / "out")
             runs += 1
         if (tmp_path / "out/run.json").exists():
             more = ["--resume"]
-        else:  # nothing was made, and another --out is asked for
+        else:  # nothing was generated, and --out must not exist
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
             more = begin
     disturbed.finish(*more)
     check()
-    print(f"generate, {runs} runs: {dict(told)}")
+    print(f"generate, {runs} runs: {dict(kinds)}")

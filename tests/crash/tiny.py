@@ -1,4 +1,4 @@
-"""A training of seconds that saves every other moment, to be killed."""
+"""A training of a few seconds that saves often, to be killed."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Reading audio: every format, and every way in which a file can be bad."""
+"""Reading audio: every format, and every kind of bad file."""
 
 import struct
 
@@ -47,7 +47,7 @@ def test_a_stereo_tone_of_any_rate_becomes_the_same_tone(tmp_path, suffix, rate,
     assert np.abs(pcm - expected)[2000:-2000].max() < tolerance
 
 
-def test_what_lies_above_8_khz_does_not_alias(tmp_path):
+def test_frequencies_above_8_khz_do_not_alias(tmp_path):
     t = np.arange(88_200) / 44_100
     sf.write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 10_000 * t), 44_100)
     assert np.abs(audio.read(tmp_path / "a.wav")[2000:-2000]).max() <= 1
@@ -55,9 +55,9 @@ def test_what_lies_above_8_khz_does_not_alias(tmp_path):
 
 def test_resampling_in_blocks_is_resampling_at_once(tmp_path, monkeypatch):
     sf.write(tmp_path / "a.wav", noise(100_000), 22_050)
-    whole = audio.read(tmp_path / "a.wav")
+    expected = audio.read(tmp_path / "a.wav")
     monkeypatch.setattr(audio, "BLOCK_FRAMES", 1000)
-    np.testing.assert_array_equal(audio.read(tmp_path / "a.wav"), whole)
+    np.testing.assert_array_equal(audio.read(tmp_path / "a.wav"), expected)
     assert max(block.size for block in audio.blocks(tmp_path / "a.wav")) < 2000
 
 
@@ -145,13 +145,13 @@ def test_a_streamed_wav_is_read_to_its_end(tmp_path, declared):
     np.testing.assert_array_equal(audio.read(tmp_path / "a.wav"), pcm)
 
 
-def test_chunks_after_the_audio_are_no_truncation(tmp_path):
+def test_chunks_after_the_audio_are_not_truncation(tmp_path):
     pcm = noise(9000)
     (tmp_path / "a.wav").write_bytes(wav(pcm, 18_000) + struct.pack("<4sI4s", b"LIST", 4, b"INFO"))
     np.testing.assert_array_equal(audio.read(tmp_path / "a.wav"), pcm)
 
 
-def test_an_mp3_whose_length_can_only_be_guessed_is_an_error(tmp_path):
+def test_an_mp3_without_a_known_length_is_an_error(tmp_path):
     t = np.arange(600_000) / 16_000
     sf.write(tmp_path / "a.mp3", 0.3 * np.sin(2 * np.pi * 440 * t) * np.exp(-(t % 3)), 16_000)
     content = (tmp_path / "a.mp3").read_bytes()

@@ -1,7 +1,6 @@
-"""Building: which file goes where, what is refused, and what a killed build leaves."""
+"""Building: splits, refused sources, killed builds, and the command."""
 
 import csv
-import hashlib
 import json
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import tensorflow_datasets as tfds
+from small_run import tree_hashes
 from tensorflow_datasets.core import shuffle
 
 from patchwave_jax.data import build as build_lib
@@ -29,7 +29,7 @@ def noise(seed: int, num_samples: int = 3000) -> np.ndarray:
 
 
 def write(folder: Path, names: list[str], num_samples: int = 3000) -> dict[str, np.ndarray]:
-    """Files of noise, each of its own seed and length."""
+    """Writes files of noise, each with its own seed and length."""
     pcm = {}
     for i, name in enumerate(names):
         pcm[name] = noise(i, num_samples + i)
@@ -40,14 +40,6 @@ def write(folder: Path, names: list[str], num_samples: int = 3000) -> dict[str, 
 
 def numbered(count: int, suffix: str = "wav") -> list[str]:
     return [f"out{i:03d}.{suffix}" for i in range(count)]
-
-
-def tree_hashes(root: Path) -> dict[str, str]:
-    return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    }
 
 
 def files_of(built: manifest.Manifest, split: str) -> list[str]:
@@ -64,7 +56,7 @@ def read_all(data_dir: Path, dataset: str, split: str) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     ("count", "train", "validation"),
-    [(3, 1, 1), (9, 7, 1), (10, 8, 1), (72, 63, 4), (241, 212, 14)],
+    [(3, 1, 1), (72, 63, 4), (241, 212, 14)],
 )
 def test_youtube_mix_splits_in_natural_order(tmp_path, count, train, validation):
     for name in numbered(count):  # the plan looks at names only
@@ -74,13 +66,6 @@ def test_youtube_mix_splits_in_natural_order(tmp_path, count, train, validation)
     test = count - train - validation
     expected = ["train"] * train + ["validation"] * validation + ["test"] * test
     assert [file.split for file in plan] == expected
-
-
-def test_youtube_mix_numbers_compare_as_numbers(tmp_path):
-    for i in range(12):
-        (tmp_path / f"out{i}.flac").touch()
-    plan = build_lib._BUILDERS["youtube_mix"].plan(tmp_path)
-    assert [file.name for file in plan] == [f"out{i}.flac" for i in range(12)]
 
 
 def test_youtube_mix_is_one_recording_per_split(tmp_path):
@@ -110,7 +95,7 @@ def test_youtube_mix_is_one_recording_per_split(tmp_path):
         (lambda s: (s / ".DS_Store").touch(), r"stray: \.DS_Store"),
         (lambda s: (s / "out010.flac").touch(), r"stray: out010\.flac"),
         (lambda s: (s / "more").mkdir(), r"stray: more"),
-        (lambda s: (s / "out05.wav").touch(), r"doubled: out005\.wav, out05\.wav"),
+        (lambda s: (s / "out05.wav").touch(), r"duplicates: out005\.wav, out05\.wav"),
     ],
 )
 def test_youtube_mix_refuses_what_would_shift_the_split(tmp_path, change, message):
@@ -121,7 +106,7 @@ def test_youtube_mix_refuses_what_would_shift_the_split(tmp_path, change, messag
         build("youtube_mix", tmp_path / "source", tmp_path / "data")
 
 
-def test_youtube_mix_keeps_a_split_that_is_there(tmp_path):
+def test_youtube_mix_keeps_a_split_into_folders(tmp_path):
     names = ["train/out000.wav", "train/out001.wav", "val/out002.wav", "test/out003.wav"]
     pcm = write(tmp_path / "source", names)
     built = build("youtube_mix", tmp_path / "source", tmp_path / "data")
@@ -154,14 +139,14 @@ def test_a_skipped_file_interrupts_the_recording_and_shifts_nothing(tmp_path):
     for got, group in zip(read, (names[:3], names[4:6], names[7:8]), strict=True):
         np.testing.assert_array_equal(got, np.concatenate([pcm[name] for name in group]))
     report = build_lib.report(built, tmp_path / "data")
-    assert "2 files left out" in report
+    assert "2 files skipped" in report
     assert "out003.wav: is silent" in report
 
 
 def test_a_split_without_a_usable_file_is_an_error(tmp_path):
     write(tmp_path / "source", numbered(10))
     (tmp_path / "source/out009.wav").write_bytes(b"")
-    with pytest.raises(UserError, match="no usable file left in test"):
+    with pytest.raises(UserError, match="no usable file in test"):
         build("youtube_mix", tmp_path / "source", tmp_path / "data", skip_bad=True)
 
 
@@ -205,21 +190,21 @@ def test_maestro_lists_every_file_that_is_missing(tmp_path):
         ([], "lacks the columns"),
     ],
 )
-def test_maestro_refuses_a_table_it_can_t_follow(tmp_path, rows, message):
+def test_maestro_refuses_an_invalid_table(tmp_path, rows, message):
     write_table(tmp_path, rows)
     with pytest.raises(UserError, match=message):
         maestro_dataset_builder.Builder.plan(tmp_path)
 
 
 def test_maestro_without_its_table_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"holds 0 tables maestro-v\*\.csv"):
+    with pytest.raises(UserError, match=r"has 0 tables maestro-v\*\.csv"):
         maestro_dataset_builder.Builder.plan(tmp_path)
 
 
 # --- audio_folder
 
 
-@pytest.mark.parametrize("count", [3, 5, 20, 100])
+@pytest.mark.parametrize("count", [3, 20, 100])
 def test_audio_folder_splits_by_file(tmp_path, count):
     for i in range(count):
         (tmp_path / f"{i}.wav").touch()
@@ -251,7 +236,7 @@ def test_audio_folder_takes_any_depth_format_and_rate(tmp_path):
     assert all(abs(e.num_samples - 16_000) <= 1 for e in built.files)
 
 
-def test_audio_folder_keeps_a_split_that_is_there(tmp_path):
+def test_audio_folder_keeps_a_split_into_folders(tmp_path):
     write(tmp_path / "source", ["train/x/1.wav", "train/10.wav", "train/9.wav", "test/1.wav"])
     built = build("audio_folder", tmp_path / "source", tmp_path / "data")
     assert files_of(built, "train") == ["train/9.wav", "train/10.wav", "train/x/1.wav"]
@@ -262,8 +247,8 @@ def test_audio_folder_keeps_a_split_that_is_there(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "holds no files"),
-        (["a.aiff"], "holds no .wav"),
+        ([], "has no files"),
+        (["a.aiff"], "has no .wav"),
         (["a.wav", "b.wav"], "three splits need 3"),
         (["train/a.wav", "b.wav"], r"outside them: b\.wav"),
         (["test/a.wav"], "no audio in .*train"),
@@ -281,7 +266,7 @@ def test_the_same_file_in_two_splits_is_reported(tmp_path):
     (tmp_path / "source/test").mkdir()
     (tmp_path / "source/test/b.wav").write_bytes((tmp_path / "source/train/a.wav").read_bytes())
     built = build("audio_folder", tmp_path / "source", tmp_path / "data")
-    assert "test/b.wav also stands in train" in build_lib.report(built, tmp_path / "data")
+    assert "test/b.wav is also in train" in build_lib.report(built, tmp_path / "data")
 
 
 # --- piano_demo
@@ -309,7 +294,7 @@ def test_other_datasets_must_be_built_by_command(tmp_path):
 
 @pytest.fixture(scope="module")
 def ten(tmp_path_factory) -> Path:
-    """Ten numbered files of noise: not to be changed."""
+    """Ten numbered files of noise, which tests must not change."""
     source = tmp_path_factory.mktemp("ten")
     write(source, numbered(10), 40_000)
     return source
@@ -323,7 +308,7 @@ def test_building_is_byte_identical(ten, tmp_path):
     assert "youtube_mix/1.0.0/manifest.json" in hashes
 
 
-def test_what_matches_its_source_is_not_built_again(ten, tmp_path, monkeypatch):
+def test_a_dataset_that_matches_its_source_is_not_rebuilt(ten, tmp_path, monkeypatch):
     first = build("youtube_mix", ten, tmp_path)
     monkeypatch.setattr(builder, "scan", None)  # building would fail
     assert build("youtube_mix", ten, tmp_path) == first
@@ -337,7 +322,7 @@ def test_what_matches_its_source_is_not_built_again(ten, tmp_path, monkeypatch):
         (lambda s: (s / "out009.wav").unlink(), r"missing: out009\.wav"),
     ],
 )
-def test_what_does_not_match_is_refused_until_overwrite(ten, tmp_path, change, difference):
+def test_a_dataset_that_does_not_match_needs_overwrite(ten, tmp_path, change, difference):
     source, data = tmp_path / "source", tmp_path / "data"
     source.mkdir()
     for path in ten.iterdir():
@@ -390,7 +375,7 @@ def killed_build(source: Path, data: Path, where: str, overwrite: bool = False) 
 
 def test_a_killed_build_leaves_nothing_readable_and_a_rerun_cleans_up(ten, tmp_path):
     killed_build(ten, tmp_path / "data", "writing")
-    assert list((tmp_path / "data").rglob("incomplete*"))  # it was under way
+    assert list((tmp_path / "data").rglob("incomplete*"))  # it was running
     with pytest.raises(UserError, match="not built"):
         index.open_split(tmp_path / "data", "youtube_mix", "train")
     build("youtube_mix", ten, tmp_path / "data")
@@ -411,7 +396,7 @@ def test_a_kill_between_the_renames_of_an_overwrite_loses_nothing(ten, tmp_path)
 
 
 def test_a_split_beyond_tfds_memory_limit_streams_to_many_shards(tmp_path, monkeypatch):
-    """Where TFDS' own path would spill through TensorFlow, which is not there."""
+    """TFDS' own path would spill to disk through TensorFlow, which is not installed."""
     monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1 << 19)
     monkeypatch.setattr(builder, "SHARD_RECORDS", 2)
     pcm = write(tmp_path / "source", ["train/0.wav", "train/1.wav", "test/0.wav"], 700_001)
@@ -471,7 +456,7 @@ def test_records_carry_their_place(tmp_path):
     assert entries["recordings"][0]["num_records"] == 3
 
 
-def test_the_builder_works_by_itself_as_tfds_builders_do(ten, tmp_path):
+def test_the_builder_works_as_a_tfds_builder(ten, tmp_path):
     kind = build_lib._BUILDERS["youtube_mix"]
     assert issubclass(kind, tfds.core.GeneratorBasedBuilder)
     tfds_builder = kind(data_dir=tmp_path)
@@ -484,7 +469,7 @@ def test_the_builder_works_by_itself_as_tfds_builders_do(ten, tmp_path):
 # --- the command
 
 
-def test_the_command_reports_and_says_what_comes_next(ten, tmp_path, capsys):
+def test_the_command_reports_and_prints_the_next_command(ten, tmp_path, capsys):
     build_lib.main(["--dataset=youtube_mix", f"--source={ten}", f"--data_dir={tmp_path}"])
     out = capsys.readouterr().out
     assert [line.split()[:3] for line in out.splitlines()[2:5]] == [
@@ -492,24 +477,13 @@ def test_the_command_reports_and_says_what_comes_next(ten, tmp_path, capsys):
         ["validation", "1", "1"],
         ["test", "1", "1"],
     ]
-    assert "10 files, where the published set has 241" in out
+    assert "10 files, but the published set has 241" in out
     assert "python -m patchwave_jax.train" in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--dataset=youtube_mix"], "needs --source=DIR"),
-        (["--dataset=youtube_mix", "--source=/nowhere"], "/nowhere is not a folder"),
-    ],
-)
-def test_the_command_fails_in_one_line(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        build_lib.main([*arguments, f"--data_dir={tmp_path}"])
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
+def test_a_source_is_required(tmp_path):
+    with pytest.raises(UserError, match="youtube_mix needs --source=DIR"):
+        build("youtube_mix", None, tmp_path)
 
 
 def test_a_full_disk_is_an_error_that_says_how_much_is_needed(ten, tmp_path, monkeypatch):
@@ -520,7 +494,7 @@ def test_a_full_disk_is_an_error_that_says_how_much_is_needed(ten, tmp_path, mon
     assert not list(tmp_path.rglob("1.0.0"))
 
 
-def test_a_disk_that_fills_up_meanwhile_is_an_error(ten, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_is_an_error(ten, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -532,7 +506,7 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error(ten, tmp_path, monkeypatch):
 
 def test_a_data_dir_that_is_a_file_is_an_error(ten, tmp_path):
     (tmp_path / "data").touch()
-    with pytest.raises(UserError, match="can't build in"):
+    with pytest.raises(UserError, match="can't write in"):
         build("youtube_mix", ten, tmp_path / "data")
 
 

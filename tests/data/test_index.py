@@ -1,4 +1,4 @@
-"""Random access: every stretch against numpy, and what damage looks like."""
+"""Random access: every range against numpy, and damaged datasets."""
 
 import pickle
 from concurrent import futures
@@ -69,7 +69,7 @@ def test_only_the_records_needed_are_read(built, monkeypatch):
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 5), (0, 343_074), (343_073, 1), (5, -1)])
-def test_what_lies_outside_is_an_index_error(built, start, count):
+def test_samples_outside_are_an_index_error(built, start, count):
     split = index.open_split(built[0], "youtube_mix", "train")
     with pytest.raises(IndexError, match="343073"):
         split.read(0, start, count)
@@ -93,7 +93,7 @@ def test_the_manifest_hash_is_that_of_its_bytes(built):
     assert split.manifest_hash == build_lib.audio.sha256(path)
 
 
-def test_what_is_not_built_is_an_error_with_the_command(tmp_path):
+def test_a_dataset_that_is_not_built_is_an_error_with_the_command(tmp_path):
     with pytest.raises(UserError) as caught:
         index.open_split(tmp_path, "piano_demo", "train")
     command = f"python -m patchwave_jax.data.build --dataset=piano_demo --data_dir={tmp_path}"
@@ -109,7 +109,7 @@ def test_an_unknown_split_or_dataset_is_an_error_with_the_list(built):
 
 @pytest.fixture
 def copy(built, tmp_path) -> Path:
-    """A copy of the built dataset to damage: the directory with the shards."""
+    """The folder of a copy of the dataset, to damage."""
     source = built[0] / "youtube_mix/1.0.0"
     target = tmp_path / "youtube_mix/1.0.0"
     target.mkdir(parents=True)
@@ -126,18 +126,12 @@ def read_train(directory: Path) -> None:
     split.read(0, 0, split.recordings[0].num_samples)
 
 
-def flip(content: bytes, at: int) -> bytes:
-    return content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :]
-
-
 @pytest.mark.parametrize(
     "damage",
     [
         lambda content: content[: len(content) // 2],
         lambda content: b"",
         lambda content: bytes(len(content)),
-        lambda content: flip(content, len(content) // 2),
-        lambda content: flip(content, 100_000),
     ],
 )
 def test_a_damaged_shard_is_an_error_that_names_it(copy, damage):
@@ -157,7 +151,7 @@ def test_shards_of_another_build_are_an_error(copy):
     text = (copy / manifest.FILENAME).read_text()
     (copy / manifest.FILENAME).write_text(text.replace("343073", "343072"))
     split = index.open_split(copy.parents[1], "youtube_mix", "train")
-    with pytest.raises(UserError, match=f"{SHARD} does not belong to its manifest"):
+    with pytest.raises(UserError, match=f"{SHARD} does not match the manifest"):
         split.read(0, 2**18, 5)
 
 

@@ -1,4 +1,4 @@
-"""`patchwave_jax.train`, for which a process is dead after 10 seconds of silence and not 100."""
+"""`patchwave_jax.train` with a heartbeat timeout of 10 seconds instead of 100."""
 
 import functools
 

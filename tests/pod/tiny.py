@@ -1,4 +1,4 @@
-"""A training of seconds, for several processes: imports nothing that starts JAX."""
+"""A training of a few seconds for several processes. Imports nothing that starts JAX."""
 
 from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
 from patchwave_jax.config_dict import to_config_dict
@@ -8,7 +8,7 @@ from patchwave_jax.recipes import NO_DROPOUT
 
 
 def get_config(arg: str = ""):
-    """Ours, or SampleRNN, which carries a state from step to step."""
+    """PatchWave, or SampleRNN, which carries a state from step to step."""
     samplernn = SampleRNNConfig(
         frame_sizes=(4, 2, 2), width=16, embedding_width=8, segment_samples=32
     )

@@ -23,7 +23,7 @@ from patchwave_jax.data.index import DamagedShardError, open_split
 from patchwave_jax.data.windows import Windows
 from patchwave_jax.errors import UserError
 from patchwave_jax.generation.clips import Outputs
-from patchwave_jax.runtime.lock import Lock
+from patchwave_jax.runtime.storage import Lock
 from patchwave_jax.train import make_windows, train
 
 SHARD = "audio_folder-train.array_record-00000-of-00001"
@@ -34,14 +34,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(autouse=True)
 def collect():
-    """What orbax leaves half done when the disk is full is told while that is ignored."""
+    """Collects what orbax leaves unfinished on a full disk while its warnings are ignored."""
     yield
     gc.collect()
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """Mounts a file system of so many bytes; needs the right to."""
+    """Mounts a file system of a given size in bytes, if that is permitted."""
     mounted = []
 
     def mount(size: int) -> Path:
@@ -49,7 +49,7 @@ def disk(tmp_path):
         place.mkdir()
         command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
         if subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("may not mount a small file system here")
+            pytest.skip("no permission to mount a file system")
         mounted.append(place)
         return place
 
@@ -59,7 +59,7 @@ def disk(tmp_path):
 
 
 def fill(disk: Path, left: int) -> Path:
-    """A file that leaves so many bytes on `disk`."""
+    """Writes a file that leaves `left` bytes on `disk`."""
     ballast = disk / "ballast"
     with contextlib.suppress(OSError):
         ballast.write_bytes(bytes(shutil.disk_usage(disk).free - left))
@@ -72,7 +72,7 @@ def to(config: Config, num_steps: int, **data) -> Config:
 
 
 def test_training_on_a_disk_that_fills_up(disk, data_dir, tmp_path):  # noqa: F811
-    """It stops by an error that names the place; given room it ends as if nothing had been."""
+    """It stops with an error that names the location; with room it resumes bit for bit."""
     config, workdir = small(data_dir), disk(16 << 20) / "run"
     train(config, tmp_path / "straight")
     train(to(config, 2), workdir)
@@ -97,7 +97,7 @@ def test_building_on_a_disk_that_fills_up(disk, tmp_path, monkeypatch):
     place = disk(1 << 20)
     source = tmp_path / "source"
     source.mkdir()
-    monkeypatch.setattr(builder, "check_space", lambda *_: None)  # which would say it at once
+    monkeypatch.setattr(builder, "check_space", lambda *_: None)  # which would fail at once
     ballast = fill(place, 20_000)
     with pytest.raises(UserError, match=r"can't write the dataset to .*it takes up to"):
         make_data(source, place)
@@ -125,7 +125,7 @@ def test_generating_on_a_disk_that_fills_up(disk):
 
 HOLD = """
 import sys, time
-from patchwave_jax.runtime.lock import Lock
+from patchwave_jax.runtime.storage import Lock
 held = Lock(sys.argv[1], "--workdir")
 print("held", flush=True)
 time.sleep(60)
@@ -136,10 +136,10 @@ def test_a_directory_in_use_is_refused_until_its_process_dies(tmp_path, data_dir
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        told = f"in use by another process .{process.pid} on .*choose another --"
-        with pytest.raises(UserError, match=told + "workdir"):
+        expected = f"in use by another process .{process.pid} on .*choose another --"
+        with pytest.raises(UserError, match=expected + "workdir"):
             train(small(data_dir), tmp_path)
-        with pytest.raises(UserError, match=told + "out"):
+        with pytest.raises(UserError, match=expected + "out"):
             Outputs.create(tmp_path, {}, {"quantiser": "mulaw"}, [""], np.zeros((1, 9), np.uint8))
         process.send_signal(signal.SIGKILL)
     with Lock(tmp_path, "--workdir"):
@@ -147,7 +147,7 @@ def test_a_directory_in_use_is_refused_until_its_process_dies(tmp_path, data_dir
 
 
 def test_an_error_of_the_disk_is_one_line(tmp_path, capsys, monkeypatch):
-    """Whatever raises it, the border of a command names file, cause and remedy."""
+    """Commands report any OSError with file, cause and remedy."""
 
     def fail(*_, **__):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(tmp_path / "x"))
@@ -156,8 +156,8 @@ def test_an_error_of_the_disk_is_one_line(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         build_module.main(["--dataset=piano_demo"])
     assert exit_.value.code == 2
-    told = f"error: {tmp_path / 'x'}: Input/output error; mend the disk, or choose another place\n"
-    assert capsys.readouterr().err == told
+    error = f"error: {tmp_path / 'x'}: Input/output error; repair the disk, or choose another"
+    assert capsys.readouterr().err == f"{error} location\n"
 
 
 @pytest.fixture
@@ -190,10 +190,10 @@ def test_no_flipped_byte_of_a_shard_is_read_as_audio(copy, rng):
             except DamagedShardError:
                 noticed += 1
         damage(copy, int(at))
-    assert noticed > 20  # the others lie in the padding
+    assert noticed > 20  # the others are in the padding
 
 
-def test_damaged_windows_are_redrawn_and_all_others_are_as_they_were(copy, data_dir):  # noqa: F811
+def test_damaged_windows_are_redrawn_and_all_others_stay_the_same(copy, data_dir):  # noqa: F811
     damage(copy, 20_000)
     config = small(str(copy))
     good = make_windows(config, open_split(data_dir, "audio_folder", "train"))
@@ -216,7 +216,7 @@ def test_damaged_windows_are_redrawn_and_all_others_are_as_they_were(copy, data_
     assert 0 < redrawn < 80
 
 
-def test_training_counts_what_is_damaged_and_goes_on_only_if_it_may(copy, tmp_path, caplog):
+def test_training_counts_damaged_windows_if_it_may_skip_them(copy, tmp_path, caplog):
     damage(copy, 20_000)
     config = small(str(copy))
     with pytest.raises(UserError, match=rf"{SHARD} is damaged.*data\.skip_damaged=True"):
@@ -227,7 +227,7 @@ def test_training_counts_what_is_damaged_and_goes_on_only_if_it_may(copy, tmp_pa
     assert f"{SHARD} is damaged" in caplog.text
 
 
-def test_when_nothing_is_left_it_ends(copy):
+def test_when_all_is_damaged_it_stops(copy):
     path = copy / "audio_folder/1.0.0" / SHARD
     path.write_bytes(bytes(path.stat().st_size))
     split = open_split(copy, "audio_folder", "train", skip_damaged=True)

@@ -1,6 +1,6 @@
-"""Two processes of four devices against one of eight: the same numbers, whoever goes on.
+"""Two processes of four devices compute the same as one of eight, and one resumes what two began.
 
-`test_workdir.py` has another pair, with a state that is carried, in a bucket.
+`test_workdir.py` runs another pair, in a bucket, with a state that is carried from step to step.
 """
 
 import json
@@ -39,7 +39,7 @@ def cache(tmp_path_factory) -> Path:
 
 
 class Pair:
-    """Two processes that run one command together. A context manager that leaves none behind."""
+    """Two processes that run one command together. A context manager that ends both."""
 
     def __init__(self, cache: Path, *arguments: str):
         with socket.socket() as probe:
@@ -92,15 +92,15 @@ class Pair:
         return [process.communicate(timeout=seconds)[0] for process in self.processes]
 
 
-def test_two_processes_go_one_way_and_one_goes_on(data, cache, tmp_path):
-    """A signal to one; rows shared by all devices, one killed; resumed by one process."""
+def test_two_processes_are_stopped_and_killed_and_one_resumes(data, cache, tmp_path):
+    """One gets a signal; with shared rows one is killed; a single process resumes."""
     workdir = tmp_path / "disturbed"
     command = ["-m", "patchwave_jax.train", f"--config={HERE / 'pod/tiny.py'}"]
     command += [f"--workdir={workdir}", f"--config.data.data_dir={data}"]
     command += ["--config.train.num_steps=100_000"]
 
     with Pair(cache, *command) as pair:
-        pair.wait_for_row(workdir, 5)  # a validation and a checkpoint lie behind
+        pair.wait_for_row(workdir, 5)  # after a validation and a checkpoint
         pair.processes[1].send_signal(signal.SIGTERM)
         outputs = pair.finish(120)
         assert [p.returncode for p in pair.processes] == [0, 0], outputs
@@ -129,7 +129,7 @@ def test_two_processes_go_one_way_and_one_goes_on(data, cache, tmp_path):
 
 
 @pytest.mark.parametrize("silent", [0, 1])
-def test_one_that_falls_silent_ends_the_other(silent, data, cache, tmp_path):
+def test_a_process_that_hangs_ends_the_other(silent, data, cache, tmp_path):
     command = [str(HERE / "pod/impatient.py"), f"--config={HERE / 'pod/tiny.py'}"]
     command += [f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={data}"]
     command += ["--config.train.num_steps=100_000"]
@@ -175,7 +175,7 @@ def test_other_commands_of_two_processes(data, cache, tmp_path):
         ),
     ],
 )
-def test_variables_that_make_no_cluster_are_named(given, message, monkeypatch):
+def test_invalid_variables_are_named(given, message, monkeypatch):
     for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
         monkeypatch.delenv(f"JAX_{name}", raising=False)
     for name, value in given.items():

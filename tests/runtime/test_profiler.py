@@ -1,4 +1,4 @@
-"""The profiler's trace: the steps that were asked for, by number, where TensorBoard looks."""
+"""Profiler traces: the requested steps, by number, where TensorBoard looks for them."""
 
 import re
 
@@ -30,7 +30,7 @@ def test_a_trace_of_two_steps(tmp_path, capsys):
     # LOGDIR/plugins/profile/TIME/HOST.xplane.pb is what TensorBoard's plugin lists
     (path,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
     assert annotated(path) == [2, 3]
-    assert "steps 2 to 3 are traced in" in capsys.readouterr().out
+    assert "traced steps 2 to 3 in" in capsys.readouterr().out
 
 
 def test_steps_that_a_run_does_not_have_are_refused(tmp_path):
@@ -39,7 +39,7 @@ def test_steps_that_a_run_does_not_have_are_refused(tmp_path):
             StepProfiler((2, 3), tmp_path, done, last)
 
 
-@pytest.mark.parametrize("asked", ["", "3", "3:", "3:2", "0:4", "1:101", "-1:2", "a:b", "1:2:3"])
-def test_what_is_no_range_of_steps_is_refused(asked):
-    with pytest.raises(UserError, match=re.escape(f"--profile_steps={asked} is no range")):
-        profiler.parse(asked)
+@pytest.mark.parametrize("flag", ["", "3", "3:2", "0:4", "1:101", "1:2:3"])
+def test_an_invalid_range_of_steps_is_refused(flag):
+    with pytest.raises(UserError, match=re.escape(f"--profile_steps={flag} must be")):
+        profiler.parse_steps(flag)

@@ -1,4 +1,4 @@
-"""Runs in a bucket: an emulator of Cloud Storage stands for it, everything else is real."""
+"""Runs in a bucket, for which an emulator of Cloud Storage is used."""
 
 import dataclasses
 import json
@@ -40,20 +40,20 @@ def bucket():
         for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
             patch.setenv(name, f"http://localhost:{port}")
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks by gRPC
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # which uses gRPC
         emulator = server.create_server("localhost", port, in_memory=True, default_bucket="bucket")
-        gcsfs = pytest.importorskip("gcsfs")  # only now: it looks at the environment
+        gcsfs = pytest.importorskip("gcsfs")  # reads the environment when imported
         with emulator:
             yield gcsfs.GCSFileSystem()
 
 
 def rows(text: str) -> list[tuple]:
-    """What a run logged, but for what depends on the clock."""
+    """What a run logged, except times."""
     logged = map(json.loads, text.splitlines())
     return [(r["step"], r["kind"], *(r[name] for name in LOSSES if name in r)) for r in logged]
 
 
-def test_a_run_goes_on_from_a_bucket_as_from_a_folder(data, bucket, tmp_path, capsys, monkeypatch):
+def test_a_run_resumes_from_a_bucket_as_from_a_folder(data, bucket, tmp_path, capsys, monkeypatch):
     config = from_config_dict(get_config())
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, data_dir=data),
@@ -62,13 +62,13 @@ def test_a_run_goes_on_from_a_bucket_as_from_a_folder(data, bucket, tmp_path, ca
     assert train(config, tmp_path / "run")
     monkeypatch.setenv("PATCHWAVE_DATA_DIR", str(tmp_path / "cache"))
     bucket.put(data, "bucket/data", recursive=True)
-    bucket.pipe_file("bucket/runs/one/samples/", b"")  # how the console makes a folder
+    bucket.pipe_file("bucket/runs/one/samples/", b"")  # the console creates folders like this
     in_bucket = dataclasses.replace(config.data, data_dir="gs://bucket/data")
     config = dataclasses.replace(config, data=in_bucket)
     place = "gs://bucket/runs/one"
     half = dataclasses.replace(config.train, num_steps=4)
     assert train(dataclasses.replace(config, train=half), place)
-    # Of a step that was being saved when its process was killed, the last file is missing.
+    # A step whose process was killed while it was saved: its last file is missing.
     for file in bucket.find("bucket/runs/one/checkpoints/4"):
         if "/4/commit" not in file:
             bucket.cp_file(file, file.replace("/4/", "/7/"))
@@ -90,7 +90,7 @@ def test_a_run_goes_on_from_a_bucket_as_from_a_folder(data, bucket, tmp_path, ca
     page = bucket.cat_file("bucket/runs/one/report.html").decode()
     assert "samples/step00000008_0.wav" in page
     assert "train --config=CONFIG.py --workdir=gs://bucket/runs/one" in page
-    with pytest.raises(SystemExit):  # it is there already
+    with pytest.raises(SystemExit):  # it exists already
         report.main(argv)
     assert "report.html exists; give --overwrite" in capsys.readouterr().err
     sf.write(tmp_path / "a.wav", tones(4_000, 0), 16_000)
@@ -101,13 +101,13 @@ def test_a_run_goes_on_from_a_bucket_as_from_a_folder(data, bucket, tmp_path, ca
     assert json.loads((out / "000.json").read_text())["checkpoint"] == place
 
 
-def test_what_two_processes_carry_one_carries_on(data, bucket, tmp_path):
-    """SampleRNN's state lies by rows over all devices; stopped at any step, gone on by one."""
+def test_one_process_resumes_the_carried_state_of_two(data, bucket, tmp_path):
+    """SampleRNN's state is sharded by rows over all devices and is resumed at any step."""
     place, log = "gs://bucket/runs/two", "bucket/runs/two/metrics.jsonl"
     command = ["-m", "patchwave_jax.train", f"--config={HERE / 'pod/tiny.py'}:samplernn"]
     command += [f"--workdir={place}", f"--config.data.data_dir={data}"]
     with Pair(tmp_path / "cache", *command, "--config.train.num_steps=100_000") as pair:
-        pair.wait_until(lambda: bucket.exists(log))  # a validation lies behind
+        pair.wait_until(lambda: bucket.exists(log))  # after a validation
         pair.processes[0].send_signal(signal.SIGTERM)
         outputs = pair.finish(120)
         assert [p.returncode for p in pair.processes] == [0, 0], outputs
@@ -126,9 +126,9 @@ def test_what_two_processes_carry_one_carries_on(data, bucket, tmp_path):
     np.testing.assert_allclose([row[2] for row in two], [row[2] for row in one], rtol=1e-5)
 
 
-# When one array can't be read, orbax leaves the reads of others behind.
+# When one array can't be read, orbax does not await the reads of the others.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_what_is_damaged_or_refused_in_a_bucket_is_named(data, bucket, monkeypatch):
+def test_damaged_and_forbidden_files_of_a_bucket_are_named(data, bucket, monkeypatch):
     place = "gs://bucket/runs/bad"
     make_run(place, make_config(data))
     metrics = "bucket/runs/bad/checkpoints/3/metrics/metrics"
@@ -166,16 +166,16 @@ def test_what_is_damaged_or_refused_in_a_bucket_is_named(data, bucket, monkeypat
         load("gs://bucket/hidden")
 
 
-def test_what_is_not_there_is_named(bucket):
+def test_missing_runs_and_buckets_are_named(bucket):
     with pytest.raises(UserError, match="gs://bucket/none holds no checkpoints; train there first"):
         load("gs://bucket/none")
     with pytest.raises(UserError, match=r"gs://other/run can't be read: nothing is there"):
         Workdir("gs://other/run").__enter__()
 
 
-def test_a_kind_of_address_that_checkpoints_can_not_be_at(data):
+def test_an_unsupported_kind_of_url_is_refused(data):
     for call in (train, lambda _, place: load(place)):
-        with pytest.raises(UserError, match="--workdir=s3://b/run is neither a folder nor at gs:/"):
+        with pytest.raises(UserError, match="--workdir=s3://b/run is neither a folder nor a gs:/"):
             call(make_config(data), "s3://b/run")
     with pytest.raises(SystemExit):
         generate.main(["--workdir=gs://b/run", "--out=gs://b/clips"])

@@ -1,1 +1,1 @@
-"""The demo pieces, as package data."""
+"""The audio of `piano_demo`, as package data."""

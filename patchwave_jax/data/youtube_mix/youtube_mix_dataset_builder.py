@@ -5,11 +5,11 @@ from pathlib import Path
 
 from patchwave_jax.data import audio
 from patchwave_jax.data.builder import AudioBuilder, Planned
-from patchwave_jax.errors import UserError, shown
+from patchwave_jax.errors import UserError, listed
 
-NUM_FILES = 241  # of the published set
+NUM_FILES = 241  # of the published dataset
 _NUMBERED = re.compile(r"(?P<prefix>.*?)(?P<number>\d+)(?P<suffix>\.[^.]+)")
-_COMPANIONS = (".md", ".csv")  # what comes with a download and can't be mistaken for audio
+_COMPANIONS = (".md", ".csv")  # part of a download, and can't be mistaken for audio
 _FOLDERS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
 
@@ -24,13 +24,13 @@ class Builder(AudioBuilder):
     def plan(source: Path) -> list[Planned]:
         """Splits the numbered files at int(.88 n) and int(.94 n), as SaShiMi does.
 
-        A set that already lies in train, val (or validation) and test folders keeps that split.
-        The files of a split are one recording.
+        Files that are in train, val (or validation) and test folders already keep that split. The
+        files of a split are one recording.
         """
         inside = {path.name for path in source.iterdir() if path.is_dir()}
         if {"train", "test"} <= inside <= set(_FOLDERS):
             if stray := sorted(path.name for path in source.iterdir() if audio.is_audio(path)):
-                raise UserError(f"{source} has both split folders and {', '.join(stray)}")
+                raise UserError(f"{source} has both split folders and {listed(stray)}")
             return [
                 Planned(path, f"{path.parent.name}/{path.name}", _FOLDERS[folder], "")
                 for folder in sorted(inside, key=list(_FOLDERS).index)
@@ -38,31 +38,26 @@ class Builder(AudioBuilder):
             ]
         files = numbered_files(source, first=0)
         if len(files) < 3:
-            raise UserError(f"{source} holds {len(files)} files; three splits need at least 3")
-        borders = int(0.88 * len(files)), int(0.94 * len(files))
-        if borders[0] == borders[1]:  # of the very smallest sets, which the rule leaves without
-            borders = borders[0] - 1, borders[0]
-        train, validation = borders
+            raise UserError(f"{source} has {len(files)} files, but three splits need at least 3")
+        train, validation = int(0.88 * len(files)), int(0.94 * len(files))
+        if train == validation:  # the published rule leaves few files no validation split
+            train -= 1
+        splits = ["train"] * train + ["validation"] * (validation - train)
+        splits += ["test"] * (len(files) - validation)
         return [
-            Planned(
-                path,
-                path.name,
-                "train" if i < train else "validation" if i < validation else "test",
-                "",
-            )
-            for i, path in enumerate(files)
+            Planned(path, path.name, split, "") for path, split in zip(files, splits, strict=True)
         ]
 
 
 def numbered_files(folder: Path, first: int | None) -> list[Path]:
-    """The folder's files in order of their numbers, which must run on without a gap.
+    """The folder's files in the order of their numbers, which must be consecutive.
 
     Args:
-      folder: Holds the files, e.g. out000.wav, and at most .md and .csv files beside them.
-      first: The number to start from; None for whatever is lowest.
+      folder: Has the files, such as out000.wav, and otherwise only .md and .csv files.
+      first: The expected first number; None for any.
 
     Raises:
-      UserError: naming every stray, doubled or missing file. Any of them would shift the split.
+      UserError: naming every stray, duplicate or missing file, which would shift the split.
     """
     names = sorted(path.name for path in folder.iterdir())
     matches = {
@@ -71,7 +66,7 @@ def numbered_files(folder: Path, first: int | None) -> list[Path]:
         if audio.is_audio(folder / name) and (match := _NUMBERED.fullmatch(name))
     }
     if not matches:
-        raise UserError(f"{folder} holds no numbered audio files such as out000.wav")
+        raise UserError(f"{folder} has no numbered audio files such as out000.wav")
     kinds = [match["prefix"] + "#" + match["suffix"] for match in matches.values()]
     kind = max(sorted(set(kinds)), key=kinds.count)
     numbers: dict[int, list[str]] = {}
@@ -88,17 +83,12 @@ def numbered_files(folder: Path, first: int | None) -> list[Path]:
         ends = dict.fromkeys((expected, number - 1)) if number > expected else {}
         missing += [" to ".join(f"{prefix}{end:0{width}}{suffix}" for end in ends)] if ends else []
         expected = number + 1
-    doubled = [name for same in numbers.values() if len(same) > 1 for name in same]
-    problems = {"stray": sorted(stray), "missing": missing, "doubled": doubled}
+    duplicates = [name for same in numbers.values() if len(same) > 1 for name in same]
+    problems = {"stray": sorted(stray), "missing": missing, "duplicates": duplicates}
     if any(problems.values()):
         raise UserError(
-            f"{folder} is not a run of numbered files, which would shift the split: "
-            + "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
-            + "; move away what does not belong there, and fetch what is missing"
+            f"the files in {folder} are not numbered consecutively, which would shift the split: "
+            + "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
+            + "; remove the files that don't belong there, and get the missing ones"
         )
     return [folder / numbers[i][0] for i in sorted(numbers)]
-
-
-def _listed(names: list[str], most: int = 20) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return shown(", ".join(names[:most])) + more
