@@ -44,10 +44,7 @@ def get_config(context_samples: int, arg: str) -> ml_collections.ConfigDict:
 
 
 def paper(context_samples: int) -> Config:
-    """Verma 2022: one target a window, bidirectional attention, Adam, three kinds of dropout.
-
-    These are the defaults of `patchwave_jax.config`.
-    """
+    """Verma 2022, as `configs/ctx128k.py` has it in full: the defaults of every field."""
     return Config(context_samples=context_samples)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from patchwave_jax import expected, recipes, train
 from patchwave_jax.config import Config
 from patchwave_jax.config_dict import from_config_dict, to_config_dict
 from patchwave_jax.errors import EXIT_CODE, UserError
@@ -41,6 +43,32 @@ def test_the_papers_recipe(name, tokens):
     assert config.data.distinct_positions == 10_000_000
 
 
+def test_the_written_out_recipe_is_that_of_the_other_contexts():
+    same = dataclasses.replace(load("ctx1m"), context_samples=128_000)
+    assert load("ctx128k") == same == recipes.paper(128_000)
+
+
+@pytest.mark.parametrize(("name", "run"), [("demo", "demo"), ("laptop", "laptop-pianomix")])
+def test_the_numbers_in_a_configuration_are_those_of_its_recorded_run(name, run):
+    text = (CONFIGS / f"{name}.py").read_text()
+    (found,) = (record for record in expected.records() if record.name == run)
+    minutes, bits = found.minutes[-1], found.validation_bits[-1]
+    assert f"{minutes:.1f} minutes, {bits:.3f} bits per sample on validation" in text
+    data = {"dataset": found.config["data"]["dataset"]}
+    config = load(name)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+    assert expected.matching(config, found.manifest_hash) == found
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
+def test_print_config_prints_what_would_be_trained(capsys):
+    flags = [f"--config={CONFIGS / 'wavenet.py'}", "--config.train.batch_size=3"]
+    train.main([*flags, "--print_config"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["train"]["batch_size"] == 3
+    assert from_config_dict(printed).model == load("wavenet").model
+
+
 @pytest.mark.parametrize(
     ("name", "arg", "parameters"),
     [
@@ -53,6 +81,7 @@ def test_the_papers_recipe(name, tokens):
         ("wavenet", "", 4_244_480),
         ("samplernn", "", 35_034_624),
         ("sashimi", "6", 3_144_832),
+        ("megabyte", "", 33_815_808),
     ],
 )
 def test_every_configuration_traces_a_whole_train_step(name, arg, parameters):
