@@ -249,7 +249,7 @@ FLAGS: list[tuple[str, str]] = [
     ("--config.objective=both", "config.objective must be one of last, dense"),
     ("--config.context_samples=499", "not a whole number of patches .*nearest is 500"),
     ("--config.context_samples=8001", "not a whole number of patches .*nearest is 8000"),
-    ("--config.context_samples=99999999999500", "config.context_samples must be below"),
+    ("--config.context_samples=99999999999500", "config.context_samples must be above 0 and below"),
     # names
     ("--config.nosuch=1", "nosuch"),
     (TRAIN + "learning_rat=1", "learning_rat"),

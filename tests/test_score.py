@@ -80,7 +80,7 @@ def test_a_stream_has_the_windows_of_the_plan(objective, stride, rng):
             streamed = list(stream(blocks, config, stride))
             assert [window for window, _ in streamed] == planned
             for window, read in streamed:
-                np.testing.assert_array_equal(read, protocol.segment(window, codes, SIZE))
+                np.testing.assert_array_equal(read, protocol.segment(window, codes, config))
 
 
 def test_sashimi_scales_by_the_extremes_of_the_whole_file(tmp_path, monkeypatch):
