@@ -11,7 +11,6 @@ import numpy as np
 from patchwave_jax.config import MODELS, Config
 from patchwave_jax.config_dict import from_config_dict
 from patchwave_jax.errors import UserError
-from patchwave_jax.models.patchwave.config import PatchWaveConfig
 from patchwave_jax.runtime.distributed import to_host
 
 # Fields that older versions had, and the only value that can be restored.
@@ -61,7 +60,7 @@ def _completed(stored: dict[str, Any]) -> dict[str, Any]:
     for section, field, usual in RETIRED:
         if (value := stored.get(section, {}).pop(field, usual)) != usual:
             raise ValueError(f"{section}.{field} {value!r} is of an older version")
-    kind = stored.get("model", {}).get("kind", PatchWaveConfig.kind)
+    kind = stored.get("model", {}).get("kind", Config().model.kind)
     sections = dataclasses.asdict(dataclasses.replace(Config(), model=MODELS[kind]()))
     return {
         name: {**default, **stored.get(name, {})}

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,48 +76,59 @@ def train(
         run = restore_or_init(config, step, checkpoints, train_split)
         if distributed.is_first():
             write_config(config, files.folder)
-        num_steps = config.train.num_steps
-        data = batches(make_windows(config, train_split, step), run.done)
+        steps = config.train.num_steps
         with (
-            MetricsWriter(files.folder, run.done, num_steps) as metrics,
-            StepProfiler(profile_steps, files.folder, run.done, num_steps) as traced,
+            MetricsWriter(files.folder, run.done, steps) as metrics,
+            StepProfiler(profile_steps, files.folder, run.done, steps) as profiled,
         ):
-            windows = make_windows(config, train_split)
-            guard = NonFiniteGuard(windows, files.folder, metrics.say)
-            pace = Pace(config, run.done)
-            while run.done < num_steps and not run.flat(config):
-                batch = next(data)
-                run.state, measured = traced.run(
-                    run.done + 1, step.update, run.state, batch["codes"]
-                )
-                run.done += 1
-                guard.add(run.done, measured, int(batch["redrawn"].sum()))
-                metrics.advance()
-                run.find_due(config, distributed.stop_agreed(run.done, stopping))
-                if run.logging:
-                    read = guard.read()
-                    guard.require_finite(run.done == num_steps, checkpoints.latest)
-                    metrics.write(run.done, "train", pace.values(run.done, read))
-                if guard.in_a_row:
-                    continue  # what is due waits for a finite loss: it shows that the state is good
-                validation = None
-                if run.evaluating:  # even if it is to stop: the next start could not make up for it
-                    validation = validator.validate(run, metrics, files.folder)
-                if run.saving:
-                    files.publish()  # first: metrics then reach at least as far as checkpoints
-                    run.save(checkpoints, config, train_split, validation)
-                if run.sampling:
-                    write_samples(config, step, run, metrics, files.folder, stopping)
-                if run.saving or run.sampling:
-                    pace.restart(run.done)
-                if run.stopping:
-                    metrics.say(
-                        f"stopped by a signal; saved step {run.done}. The same command goes on."
-                    )
-                    return False
-                run.evaluating = run.saving = False
-        checkpoints.wait()
-        print(closing_words(config, workdir, run, checkpoints.best), flush=True)
+            ended = run_steps(
+                config, step, run, train_split, validator, checkpoints, files, metrics, profiled,
+                stopping,
+            )  # fmt: skip
+        if ended:
+            checkpoints.wait()
+            print(closing_words(config, workdir, run, checkpoints.best), flush=True)
+    return ended
+
+
+def run_steps(
+    config: Config, step: Step, run: "Run", split: Split, validator: "Validator",
+    checkpoints: Checkpoints, files: Workdir, metrics: MetricsWriter, profiled: StepProfiler,
+    stopping: Callable[[], bool],
+) -> bool:  # fmt: skip
+    """The training loop: returns whether it came to its end, or False if a signal stopped it."""
+    data = batches(make_windows(config, split, step), run.done)
+    guard = NonFiniteGuard(make_windows(config, split), files.folder, metrics.say)
+    pace = Pace(config, run.done)
+    while run.done < config.train.num_steps and not run.flat(config):
+        batch = next(data)
+        run.state, measured = profiled.run(run.done + 1, step.update, run.state, batch["codes"])
+        run.done += 1
+        guard.add(run.done, measured, int(batch["redrawn"].sum()))
+        metrics.advance()
+        run.find_due(config, distributed.stop_agreed(run.done, stopping))
+        if run.logging:
+            read = guard.read()
+            guard.require_finite(run.done == config.train.num_steps, checkpoints.latest)
+            metrics.write(run.done, "train", pace.values(run.done, read))
+        if guard.in_a_row:
+            continue  # what is due waits for a finite loss, which shows that the state is good
+        validation = None
+        if run.evaluating:  # even if it is to stop: the next start could not make up for it
+            validation = validator.validate(run, metrics, files.folder)
+        if run.saving:
+            files.publish()  # first: metrics then reach at least as far as checkpoints
+            run.save(checkpoints, config, split, validation)
+        if run.sampling and distributed.is_first():
+            params = run.state["params"]
+            made = preview.make(config, params, files.folder, run.done, stopping)
+            metrics.clips(run.done, made)
+        if run.saving or run.sampling:
+            pace.restart(run.done)
+        if run.stopping:
+            metrics.say(f"stopped by a signal; saved step {run.done}. The same command goes on.")
+            return False
+        run.evaluating = run.saving = False
     return True
 
 
@@ -303,15 +314,6 @@ def start_from_linear_prediction(config: Config, step: Step, params: Any, split:
 
     shardings = jax.tree.map(lambda x: x.sharding, step.abstract_state["params"])
     return jax.jit(started, out_shardings=shardings)(params)
-
-
-def write_samples(
-    config: Config, step: Step, run: Run, metrics: MetricsWriter, folder: Path, stopping: Any
-) -> None:
-    """Clips to listen to, in WORKDIR/samples and TensorBoard; all processes have to call it."""
-    params = run.state["params"]
-    if distributed.is_first():
-        metrics.clips(run.done, preview.make(config, params, folder, run.done, stopping))
 
 
 @contextlib.contextmanager

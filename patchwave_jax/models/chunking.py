@@ -67,29 +67,16 @@ def mean_over_chunks(
         return values.mean(), values
 
     def forward(floats: list[Array], closed_over: list[Array], others: Any):
-        def add(carry: Any, i: Array) -> tuple[Any, None]:
-            total, of_floats, of_closed = carry
-            piece, rest = _take((floats, others), axis, size, i)
+        def of_chunk(i: Array, piece: list[Array], closed: list[Array]) -> tuple[Array, Array]:
+            rest = _take(others, axis, size, i)
+            values = pure(piece, rest, i, *closed)
+            return values.mean(), values
 
-            def of_chunk(piece: list[Array], closed: list[Array]) -> tuple[Array, Array]:
-                values = pure(piece, rest, i, *closed)
-                return values.mean(), values
-
-            (d_piece, d_closed), values = jax.grad(of_chunk, (0, 1), has_aux=True)(
-                piece, closed_over
-            )
-            of_floats = [
-                lax.dynamic_update_slice_in_dim(whole, d, i * size, axis)
-                for whole, d in zip(of_floats, d_piece, strict=True)
-            ]
-            return (total + values, of_floats, jax.tree.map(jnp.add, of_closed, d_closed)), None
-
-        sums = [jnp.zeros(x.shape, jnp.float32) for x in closed_over]
-        carry = (jnp.zeros_like(shape), jax.tree.map(jnp.zeros_like, floats), sums)
-        total, of_floats, of_closed = lax.scan(add, carry, jnp.arange(count))[0]
-        of_closed = [d.astype(x.dtype) for d, x in zip(of_closed, closed_over, strict=True)]
+        total, gradients = _sum_and_gradients(
+            of_chunk, floats, closed_over, jnp.zeros_like(shape), axis=axis, size=size, count=count
+        )
         values = total / count
-        return (values.mean(), values), (of_floats, of_closed)
+        return (values.mean(), values), gradients
 
     def backward(gradients: tuple[list[Array], list[Array]], out: tuple[Array, Array]):
         scaled = jax.tree.map(lambda x: x * (out[0] / count).astype(x.dtype), gradients)
@@ -97,6 +84,40 @@ def mean_over_chunks(
 
     mean.defvjp(forward, backward)
     return mean(floats, closed_over, others)
+
+
+def _sum_and_gradients(
+    of_chunk: Callable[..., tuple[Array, Array]],
+    floats: list[Array],
+    closed_over: list[Array],
+    zero: Array,
+    *,
+    axis: int,
+    size: int,
+    count: int,
+) -> tuple[Array, tuple[list[Array], list[Array]]]:
+    """The sum of the second results of `of_chunk`, and the gradients of the sum of the first.
+
+    The gradients are with respect to all of `floats` and to `closed_over`, summed in float32.
+    """
+
+    def add(carry: Any, i: Array) -> tuple[Any, None]:
+        total, of_floats, of_closed = carry
+        piece = _take(floats, axis, size, i)
+        (d_piece, d_closed), values = jax.grad(of_chunk, (1, 2), has_aux=True)(
+            i, piece, closed_over
+        )
+        of_floats = [
+            lax.dynamic_update_slice_in_dim(whole, d, i * size, axis)
+            for whole, d in zip(of_floats, d_piece, strict=True)
+        ]
+        return (total + values, of_floats, jax.tree.map(jnp.add, of_closed, d_closed)), None
+
+    sums = [jnp.zeros(x.shape, jnp.float32) for x in closed_over]
+    carry = (zero, jax.tree.map(jnp.zeros_like, floats), sums)
+    total, of_floats, of_closed = lax.scan(add, carry, jnp.arange(count))[0]
+    of_closed = [d.astype(x.dtype) for d, x in zip(of_closed, closed_over, strict=True)]
+    return total, (of_floats, of_closed)
 
 
 def recomputed(function: Callable[[Array, Any], Any], pieces: list[tuple[Array, Any]]) -> list[Any]:
