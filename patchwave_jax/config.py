@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from flax import nnx
@@ -174,9 +175,7 @@ class Config:
 
     def abstract_model(self, execution: Execution | None = None) -> tuple[Any, Any]:
         """The model's graph definition and its parameters' shapes; nothing is computed."""
-        model = nnx.eval_shape(lambda: self.build_model(nnx.Rngs(self.seed), execution))
-        graphdef, params = nnx.split(model)
-        return graphdef, params
+        return _abstract_model(self, execution)
 
     def check(self) -> None:
         """Raises `UserError` naming the field that is wrong."""
@@ -193,6 +192,13 @@ class Config:
         require(0 <= self.seed < 2**31, "seed", f"must be in [0, 2**31), got {self.seed}")
         self.model.check(self.context_samples, self.causal)
         self.run.check(self.window_unit, self.window_units)
+
+
+@functools.cache  # tracing the initialisation takes half a second
+def _abstract_model(config: Config, execution: Execution | None) -> tuple[Any, Any]:
+    model = nnx.eval_shape(lambda: config.build_model(nnx.Rngs(config.seed), execution))
+    graphdef, params = nnx.split(model)
+    return graphdef, params
 
 
 def one_of(field: str, value: str, names: tuple[str, ...]) -> None:

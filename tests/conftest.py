@@ -22,6 +22,7 @@ from flax import nnx
 from scipy.signal import lfilter
 
 from patchwave_jax.data import quantisers
+from patchwave_jax.evaluation import evaluator
 from patchwave_jax.models.patchwave.config import PatchWaveConfig
 from patchwave_jax.models.patchwave.model import PatchWave
 from patchwave_jax.models.samplernn import SampleRNNConfig
@@ -97,6 +98,14 @@ def smooth_codes(rows: int, samples: int, seed: int = 0) -> np.ndarray:
     )
     wave *= 8_000 / np.abs(wave).max(-1, keepdims=True)
     return quantisers.get("mulaw").encode(wave.astype(np.int16))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _small_batches():
+    """Otherwise most of what tests evaluate would be padding."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "BATCH_SAMPLES", 500)
+        yield
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import soundfile as sf
 from conftest import SAMPLERNN, WAVENET, random_codes
 from flax import nnx
 from jax.sharding import AxisType
-from small_run import make_config, make_data, make_run, tones
+from small_run import make_config, make_data, tones
 
 from patchwave_jax import evaluate, generate, report, score, train
 from patchwave_jax.config import Config, RunConfig, TrainConfig
@@ -296,10 +296,3 @@ def test_another_model_in_the_same_directory_is_refused(run, tmp_path):
     other = dataclasses.replace(other, data=config.data)
     with pytest.raises(UserError, match=r"config.model.kind is .*checkpoint was trained with"):
         train.train(other, workdir)
-
-
-def test_a_record_from_before_baselines_is_the_patch_model(tmp_path):
-    config = make_config(tmp_path)
-    workdir = make_run(tmp_path, config)
-    assert "kind" not in dataclasses.asdict(config.model)
-    assert evaluator_module.load(workdir)[0].config == config
