@@ -98,7 +98,7 @@ PATCHES: list[Variant] = [
 
 
 def groups() -> list[tuple[Config, list[Variant]]]:
-    """Each configuration with what is varied of it; the first variant is the yardstick."""
+    """Each configuration with what is varied of it; the first variant is the reference."""
 
     def rows(config: Config, count: int) -> Config:
         return dataclasses.replace(
@@ -124,17 +124,17 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # no device here is wanted, only compilers
     print("| | GiB | TFLOP | GB moved | at best, ms | ratio |\n|---|--:|--:|--:|--:|--:|")
     for config, variants in groups():
-        yardstick = None
+        reference = None
         for name, fields, patched in variants:
             run = dataclasses.replace(config.run, **fields)
             with patched:
                 found = plan(dataclasses.replace(config, run=run), args.topology)
             assert found.seconds
-            yardstick = yardstick or found.seconds["step"]
+            reference = reference or found.seconds["step"]
             print(
                 f"| {name} | {sum(found.memory_bytes.values()) / 2**30:.2f} "
                 f"| {found.flops / 1e12:.3g} | {found.bytes / 1e9:.3g} "
-                f"| {1e3 * found.seconds['step']:.3g} | {found.seconds['step'] / yardstick:.2f} |",
+                f"| {1e3 * found.seconds['step']:.3g} | {found.seconds['step'] / reference:.2f} |",
                 flush=True,
             )
 

@@ -136,13 +136,13 @@ def measure_spans(
         and piece.first < spans[piece.clip][1]
         and piece.end > spans[piece.clip][0]
     ]
-    tally = targets.tally()
+    nll = targets.accumulator()
     for window, log_probs, contexts in evaluator.score(params, targets.codes, windows):
         first, end = spans[window.clip]
         low, high = max(first, window.first), min(end, window.end)
         inside = slice(low - window.first, high - window.first)
-        tally.add(window.clip, low, contexts[inside], log_probs[inside])
-    return measure.result(tally, targets)
+        nll.add(window.clip, low, contexts[inside], log_probs[inside])
+    return measure.result(nll, targets)
 
 
 def advance(made: Step, state: Any, data: Iterator[Any]) -> tuple[Any, float]:

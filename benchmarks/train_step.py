@@ -1,8 +1,8 @@
 """Speed and memory of training steps: `python -m benchmarks.train_step`. Prints one JSON object.
 
-Each configuration runs in a fresh process, whose peak memory is its own. The machine's yardstick
+Each configuration runs in a fresh process, whose peak memory is its own. The machine's reference
 is a product of two 2048 x 2048 matrices at float32, timed right before and after every run; a
-share is the useful FLOPs of a run over what the yardstick would have done in the same time, and
+share is the useful FLOPs of a run over what the reference would have done in the same time, and
 the median of the runs is printed. Useful FLOPs are counted from the configuration: the
 attention's products folded, half of the scores (causal), nothing that is computed twice, and
 three times the forward pass for a training step.
@@ -35,7 +35,7 @@ from patchwave_jax.runtime.memory import choose_chunks
 from patchwave_jax.runtime.mesh import make_mesh
 from patchwave_jax.training.step import make_step
 
-YARDSTICK = 2048
+REFERENCE_SIZE = 2048
 CHUNKS = 6  # of phases, for the Transformer and the head alone
 CONFIGS = ["parts:128000", "paper:128000", "ours:128000"]
 PLAIN = {"conv_dropout": 0.0, "mlp_dropout": 0.0, "head_dropout": 0.0, "token_dropout": 0.0}
@@ -59,25 +59,25 @@ def configuration(name: str, context: int) -> Config:
 
 
 def measured(run: Callable[[], Any], runs: int) -> tuple[float, float]:
-    """Seconds and the yardstick's FLOP/s of the run whose product of both is the median."""
-    square = jnp.ones((YARDSTICK, YARDSTICK))
+    """Seconds and the reference's FLOP/s of the run whose product of both is the median."""
+    square = jnp.ones((REFERENCE_SIZE, REFERENCE_SIZE))
     product = jax.jit(jnp.matmul)
 
-    def yardstick() -> float:
+    def reference() -> float:
         times = []
         for _ in range(5):
             start = time.perf_counter()
             product(square, square).block_until_ready()
             times.append(time.perf_counter() - start)
-        return 2 * YARDSTICK**3 / statistics.median(times)
+        return 2 * REFERENCE_SIZE**3 / statistics.median(times)
 
-    yardstick()
-    seconds, rates = [], [yardstick()]
+    reference()
+    seconds, rates = [], [reference()]
     for _ in range(runs):
         start = time.perf_counter()
         jax.block_until_ready(run())
         seconds.append(time.perf_counter() - start)
-        rates.append(yardstick())
+        rates.append(reference())
     around = [(a + b) / 2 for a, b in itertools.pairwise(rates)]
     middle = sorted(range(runs), key=lambda i: seconds[i] * around[i])[runs // 2]
     return seconds[middle], around[middle]

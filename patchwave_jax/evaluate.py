@@ -1,8 +1,8 @@
 """NLL of a trained model on a split: `python -m patchwave_jax.evaluate --workdir=DIR --split=test`.
 
 Prints nats and bits per sample with the quantiser, the number of targets, the context they had and
-a 95% interval; then the NLL against the context and per source file, with the yardsticks beside it
-where `--yardsticks` asks for them. The protocol is that of `patchwave_jax.evaluation.protocol`.
+a 95% interval; then the NLL by context and per source file, with `--classical` also of predictors
+without a network. The protocol is that of `patchwave_jax.evaluation.protocol`.
 
 The published YouTube-Mix numbers are clips from scratch, of a model trained on the sashimi
 quantiser (--config.data.quantiser=sashimi) with 131,072 samples of context or a little more:
@@ -29,7 +29,7 @@ from patchwave_jax.data.build import ensure_built
 from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.errors import UserError, check_output, exits_cleanly
-from patchwave_jax.evaluation import measure, reference
+from patchwave_jax.evaluation import classical_cache, measure
 from patchwave_jax.evaluation.evaluator import load
 from patchwave_jax.evaluation.nll import MODEL, NllAccumulator
 from patchwave_jax.reporting import figures
@@ -56,28 +56,28 @@ def check_quantiser(asked: str | None, config: Config, workdir: str) -> None:
         )
 
 
-def as_json(result: measure.Result, tally: NllAccumulator) -> dict[str, Any]:
+def as_json(result: measure.Result, nll: NllAccumulator) -> dict[str, Any]:
     """The result and all tables, as JSON holds them."""
     tables = {
-        "context": tally.by_context,
-        "position": tally.by_position,
-        "files": tally.by_file,
+        "context": nll.by_context,
+        "position": nll.by_position,
+        "files": nll.by_file,
     }
     record = dataclasses.asdict(result)
     for axis, table in tables.items():
         record[axis] = [dataclasses.asdict(row) for row in table()]
-    yardsticks = [name for name in tally.names if name != MODEL]
-    record["yardsticks"] = {
-        name: dataclasses.asdict(tally.total(name))
+    baselines = [name for name in nll.names if name != MODEL]
+    record["classical"] = {
+        name: dataclasses.asdict(nll.total(name))
         | {axis: [row.nll_bits for row in table(name)] for axis, table in tables.items()}
-        for name in yardsticks
+        for name in baselines
     }
     return record
 
 
-def tables(tally: NllAccumulator) -> str:
-    """The model and the yardsticks, in bits: over all, by context, and per source file."""
-    names = tally.names
+def tables(nll: NllAccumulator) -> str:
+    """The model and the classical baselines, in bits: over all, by context, and per source file."""
+    names = nll.names
     heads = "".join(f"{name:>{_wide(name)}}" for name in names)
     lines = [f"{'bits per sample':<30}{'targets':>12}{heads}"]
 
@@ -88,10 +88,10 @@ def tables(tally: NllAccumulator) -> str:
         short = label if len(label) < 30 else f"...{label[-26:]}"
         lines.append(f"{short:<30}{rows[0].targets:>12,}{values}")
 
-    add("all", [tally.total(name) for name in names])
-    for rows in zip(*(tally.by_context(name, coarse=True) for name in names), strict=True):
+    add("all", [nll.total(name) for name in names])
+    for rows in zip(*(nll.by_context(name, coarse=True) for name in names), strict=True):
         add(f"context {rows[0].low:,} to {rows[0].high - 1:,}", rows)
-    for rows in zip(*(tally.by_file(name) for name in names), strict=True):
+    for rows in zip(*(nll.by_file(name) for name in names), strict=True):
         add(rows[0].file, rows)
     return "\n".join(lines)
 
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         "--max_targets", type=int, default=0, help="about so many, spread evenly; 0: all"
     )
     parser.add_argument(
-        "--yardsticks",
+        "--classical",
         action="store_true",
         help="also measure predictors without a network on the same targets",
     )
@@ -145,18 +145,18 @@ def main(argv: list[str] | None = None) -> None:
     for path in (args.json, args.plot):
         check_output(path, args.overwrite)
 
-    records, tallies = [], {}
+    records, nlls = [], {}
     for workdir in args.workdir:
-        result, tally, about = measure_workdir(workdir, args)
+        result, nll, about = measure_workdir(workdir, args)
         print(f"{about['dataset']} {args.split}, step {about['step']}: {result}")
-        print(f"\n{tables(tally)}\n", flush=True)
-        records.append(as_json(result, tally) | about)
-        tallies[f"{workdir}, {about['context_samples']:,} samples"] = tally
+        print(f"\n{tables(nll)}\n", flush=True)
+        records.append(as_json(result, nll) | about)
+        nlls[f"{workdir}, {about['context_samples']:,} samples"] = nll
     if args.json and distributed.is_first():
         content = records[0] if len(records) == 1 else records
         write_atomically(args.json, json.dumps(content, indent=2) + "\n")
     if args.plot and distributed.is_first():
-        figures.save(figures.context_curves(tallies, width=7), args.plot)
+        figures.save(figures.context_curves(nlls, width=7), args.plot)
 
 
 def measure_workdir(
@@ -176,12 +176,12 @@ def measure_workdir(
         max_targets=args.max_targets,
     )
     fitted = None
-    if args.yardsticks:  # first: where they can't be kept, nothing is measured in vain
+    if args.classical:  # first: where they can't be kept, nothing is measured in vain
         with Workdir(workdir) as files:
-            fitted = reference.fitted(files.folder, train_split, config.data.quantiser)
-    tally = measure.measure(evaluator, params, targets)
+            fitted = classical_cache.fitted(files.folder, train_split, config.data.quantiser)
+    nll = measure.measure(evaluator, params, targets)
     if fitted:
-        measure.measure_classical(fitted, targets, tally)
+        measure.measure_classical(fitted, targets, nll)
     about = {
         "split": args.split,
         "step": step,
@@ -190,7 +190,7 @@ def measure_workdir(
         "manifest_hash": split.manifest_hash,
         "workdir": workdir,
     }
-    return measure.result(tally, targets), tally, about
+    return measure.result(nll, targets), nll, about
 
 
 if __name__ == "__main__":

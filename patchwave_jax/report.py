@@ -1,8 +1,8 @@
 """One HTML page about a run: `python -m patchwave_jax.report --workdir=DIR`.
 
-Measures the best checkpoint with the yardsticks beside it, and writes a single file that opens
-without a network: curves, tables, calibration, held-out audio with the model's surprise, and the
-clips in WORKDIR/samples and WORKDIR/generated (or `--generated=DIR`).
+Measures the best checkpoint and the classical baselines, and writes a single file that opens
+without a network connection: curves, tables, calibration, held-out audio with the model's surprise,
+and the clips in WORKDIR/samples and WORKDIR/generated (or `--generated=DIR`).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from patchwave_jax.config import Config
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError, check_output, exits_cleanly
 from patchwave_jax.evaluate import open_splits
-from patchwave_jax.evaluation import measure, reference
+from patchwave_jax.evaluation import classical_cache, measure
 from patchwave_jax.evaluation.calibration import Calibration, calibrate
 from patchwave_jax.evaluation.evaluator import load
 from patchwave_jax.evaluation.nll import LN2, MODEL, NllAccumulator
@@ -37,7 +37,7 @@ from patchwave_jax.runtime.workdir import Workdir, as_path, clips_of
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
 
 
-def file_rows(tally: NllAccumulator) -> list[dict[str, Any]]:
+def file_rows(nll: NllAccumulator) -> list[dict[str, Any]]:
     """The table per source file, all of them first, then the most surprising."""
 
     def row(name: str, rows: list[Any]) -> dict[str, Any]:
@@ -49,9 +49,9 @@ def file_rows(tally: NllAccumulator) -> list[dict[str, Any]]:
             "interval": "" if low is None else f"{low:.3f} to {high:.3f}",
         }
 
-    each = list(zip(*(tally.by_file(name) for name in tally.names), strict=True))
+    each = list(zip(*(nll.by_file(name) for name in nll.names), strict=True))
     each.sort(key=lambda rows: -rows[0].nll_bits)
-    everything = row("all", [tally.total(name) for name in tally.names])
+    everything = row("all", [nll.total(name) for name in nll.names])
     return [everything, *(row(rows[0].file, list(rows)) for rows in each)]
 
 
@@ -89,11 +89,11 @@ def page(
     targets = measure.choose_targets(
         config, split, stride_patches=stride_patches, max_targets=max_targets
     )
-    tally = measure.measure(evaluator, params, targets)
-    fitted = reference.fitted(folder, train_split, config.data.quantiser)
-    measure.measure_classical(fitted, targets, tally)
-    result = measure.result(tally, targets)
-    nats = {name: tally.total(name).nll_nats for name in tally.names if name != MODEL}
+    nll = measure.measure(evaluator, params, targets)
+    fitted = classical_cache.fitted(folder, train_split, config.data.quantiser)
+    measure.measure_classical(fitted, targets, nll)
+    result = measure.result(nll, targets)
+    nats = {name: nll.total(name).nll_nats for name in nll.names if name != MODEL}
     grown = measure.choose_targets(
         config, split, stride_patches=config.window_units, max_targets=max_targets
     )
@@ -105,7 +105,7 @@ def page(
     if rows.get("train"):
         held_out, _ = open_splits(config, data_dir, "validation")
         validated = measure.choose_targets(config, held_out, max_targets=config.run.eval_targets)
-        lines = reference.classical_on(validated, train_split, folder)
+        lines = classical_cache.classical_on(validated, train_split, folder)
         losses = figures.loss_curves(rows["train"], rows.get("validation", []), lines)
         words = "Dashed: predictors that need no network, on the targets of the validations."
         training = [
@@ -121,14 +121,14 @@ def page(
         title=f"{as_path(workdir).name}: {split.dataset}, {config.objective} objective",
         subtitle=f"{split.name} split, checkpoint of step {step:,}",
         cards=cards(config, result, nats, params, rows),
-        verdict=_capital(reference.verdict(result.nll_nats, nats, split_name)),
+        verdict=_capital(classical_cache.verdict(result.nll_nats, nats, split_name)),
         good=result.nll_nats < min(nats.values()),
         result=str(result),
         expected=expectation(config, split.manifest_hash, rows),
         training=training,
-        context=list(context_panels(tally, growing, shortage, config)),
-        names=tally.names,
-        files=file_rows(tally),
+        context=list(context_panels(nll, growing, shortage, config)),
+        names=nll.names,
+        files=file_rows(nll),
         interval_over=result.interval_over,
         calibration_words=calibration_words(calibration),
         calibration=[
@@ -171,7 +171,7 @@ def cards(
     shown = [
         (f"{result.nll_bits:.3f}", interval),
         (f"{result.nll_nats:.3f}", f"nats per sample, quantiser {result.quantiser}"),
-        (f"{classical_nats[best] / LN2:.3f}", f"bits of the best yardstick, {best}"),
+        (f"{classical_nats[best] / LN2:.3f}", f"bits of the best classical baseline, {best}"),
         (f"{result.targets:,}", "targets measured"),
         (
             f"{config.context_samples:,}",
@@ -190,7 +190,7 @@ def commands(workdir: str | os.PathLike[str]) -> list[str]:
     """What leads to these numbers, and on from here."""
     return [
         f"python -m patchwave_jax.train --config=CONFIG.py --workdir={workdir}",
-        f"python -m patchwave_jax.evaluate --workdir={workdir} --split=test --yardsticks",
+        f"python -m patchwave_jax.evaluate --workdir={workdir} --split=test --classical",
         f"python -m patchwave_jax.score --workdir={workdir} FILE...",
         f"python -m patchwave_jax.report --workdir={workdir}",
         f"python -m patchwave_jax.generate --workdir={workdir} {CONTINUATION} --num=4 "

@@ -28,7 +28,7 @@ from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.data.windows import Windows, batches, clips
 from patchwave_jax.errors import UserError, exits_cleanly, names_file
-from patchwave_jax.evaluation import classical, measure, reference
+from patchwave_jax.evaluation import classical, classical_cache, measure
 from patchwave_jax.evaluation.evaluator import Evaluator
 from patchwave_jax.evaluation.measure import Targets
 from patchwave_jax.evaluation.nll import LN2
@@ -194,12 +194,12 @@ class Validator:
 
     def validate(self, run: Run, metrics: MetricsWriter, folder: Path) -> float:
         """Measures the parameters after a step, and tells and counts the NLL in nats."""
-        tally = measure.measure(self._evaluator, run.state["params"], self._targets)
-        result = measure.result(tally, self._targets)
+        nll = measure.measure(self._evaluator, run.state["params"], self._targets)
+        result = measure.result(nll, self._targets)
         metrics.write(run.done, "validation", dataclasses.asdict(result))
         if distributed.is_first():
-            nats = reference.classical_on(self._targets, self._train_split, folder)
-            metrics.say(reference.verdict(result.nll_nats, nats))
+            nats = classical_cache.classical_on(self._targets, self._train_split, folder)
+            metrics.say(classical_cache.verdict(result.nll_nats, nats))
         distributed.wait_for_all("classical baselines")
         known = self._known
         if known and (words := expected.compare(known, run.done, result.nll_bits)):
@@ -352,7 +352,7 @@ def closing_words(
         f"checkpoints:  {workdir}/checkpoints",
         f"metrics:      {workdir}/metrics.jsonl and {workdir}/tensorboard",
         "go on with:",
-        f"  python -m patchwave_jax.evaluate --workdir={workdir} --split=test --yardsticks",
+        f"  python -m patchwave_jax.evaluate --workdir={workdir} --split=test --classical",
         f"  python -m patchwave_jax.generate --workdir={workdir} {CONTINUATION} "
         f"--out={clips_of(workdir)}",
         f"  python -m patchwave_jax.report --workdir={workdir}   # one page: curves, tables, audio",

@@ -1,4 +1,4 @@
-"""The evaluate command and what it stands on: tallies, intervals, yardsticks, bad input."""
+"""The evaluate command: accumulated NLLs, intervals, classical baselines, bad input."""
 
 import json
 import re
@@ -15,8 +15,8 @@ from patchwave_jax.data import quantisers
 from patchwave_jax.data.index import Recording, SourceFile, open_split
 from patchwave_jax.data.windows import Clip
 from patchwave_jax.errors import EXIT_CODE, UserError
+from patchwave_jax.evaluation import classical_cache, measure, nll, protocol
 from patchwave_jax.evaluation import evaluator as evaluator_module
-from patchwave_jax.evaluation import measure, nll, protocol, reference
 from patchwave_jax.evaluation.nll import LN2, NllAccumulator, bootstrap
 from patchwave_jax.runtime.mesh import make_mesh
 
@@ -97,7 +97,7 @@ def test_the_interval_is_seeded_and_needs_some_units():
     assert not np.array_equal(low, bootstrap(sums, counts, seed=1)[0])
 
 
-# The tally.
+# The nll.
 
 
 def test_a_tally_equals_sums_over_all_samples(rng):
@@ -218,11 +218,11 @@ def test_what_a_short_context_costs_is_measured_on_the_same_targets(run, data_di
 
 
 @pytest.mark.parametrize("max_targets", [0, 900])
-def test_yardsticks_are_measured_on_the_same_targets(data_dir, max_targets):
+def test_classical_baselines_are_measured_on_the_same_targets(data_dir, max_targets):
     config = make_config(data_dir)
     split = open_split(data_dir, "audio_folder", "train")
     targets = measure.choose_targets(config, split, stride_patches=1, max_targets=max_targets)
-    fitted = reference.fit(split, "mulaw")
+    fitted = classical_cache.fit(split, "mulaw")
     table = measure.measure_classical(fitted, targets)
     for name in ("order-0", "linear-32", "block-adaptive-32"):
         whole = [
@@ -233,9 +233,9 @@ def test_yardsticks_are_measured_on_the_same_targets(data_dir, max_targets):
         assert table.total(name).nll_nats == pytest.approx(-values.mean(dtype=np.float64), rel=1e-6)
 
 
-def test_a_stretch_in_the_middle_has_all_the_history_that_yardsticks_remember():
+def test_a_stretch_in_the_middle_has_all_the_history_that_classical_baselines_remember():
     codes = quantisers.get("mulaw").encode(tones(60_000, 0))
-    fitted = reference.yardsticks.fit([codes], quantisers.get("mulaw"))
+    fitted = classical_cache.classical.fit([codes], quantisers.get("mulaw"))
     whole = fitted.log_probs(codes)
     for first, end in ((0, 50), (8_300, 9_000), (40_001, 41_003)):
         part = measure.classical_log_probs(fitted, codes, first, end)
@@ -243,31 +243,35 @@ def test_a_stretch_in_the_middle_has_all_the_history_that_yardsticks_remember():
             np.testing.assert_allclose(values, whole[name][first:end], atol=1e-5)
 
 
-def test_yardsticks_are_kept_and_fitted_anew_for_other_data(data_dir, tmp_path, monkeypatch):
+def test_classical_baselines_are_kept_and_fitted_anew_for_other_data(
+    data_dir, tmp_path, monkeypatch
+):
     config = make_config(data_dir)
     split = open_split(data_dir, "audio_folder", "validation")
     train = open_split(data_dir, "audio_folder", "train")
     targets = measure.choose_targets(config, split)
     names = ("order-0", "linear-32")
-    first = reference.classical_on(targets, train, tmp_path, names)
+    first = classical_cache.classical_on(targets, train, tmp_path, names)
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "fit", None)
-        patch.setattr(reference, "measure_classical", None)
-        assert reference.classical_on(targets, train, tmp_path, names) == first
+        patch.setattr(classical_cache, "fit", None)
+        patch.setattr(classical_cache, "measure_classical", None)
+        assert classical_cache.classical_on(targets, train, tmp_path, names) == first
     train.manifest_hash = "other"
-    assert reference.classical_on(targets, train, tmp_path, ("order-0",)).keys() == {"order-0"}
-    (tmp_path / reference.FILENAME).write_text("{")
+    assert classical_cache.classical_on(targets, train, tmp_path, ("order-0",)).keys() == {
+        "order-0"
+    }
+    (tmp_path / classical_cache.FILENAME).write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        reference.fitted(tmp_path, train, "mulaw")
+        classical_cache.fitted(tmp_path, train, "mulaw")
 
 
 def test_the_verdict_names_what_beats_the_run():
-    yardsticks = {"order-0": 5.0, "linear-32": 2.0}
-    assert "ABOVE ALL YARDSTICKS" in reference.verdict(5.1, yardsticks)
-    between = reference.verdict(3.0, yardsticks)
+    baselines = {"order-0": 5.0, "linear-32": 2.0}
+    assert "above all classical baselines" in classical_cache.verdict(5.1, baselines)
+    between = classical_cache.verdict(3.0, baselines)
     assert "still above linear-32" in between
     assert "below order-0" in between
-    assert "below all yardsticks" in reference.verdict(1.0, yardsticks)
+    assert "below all classical baselines" in classical_cache.verdict(1.0, baselines)
 
 
 # The command.
@@ -276,7 +280,7 @@ def test_the_verdict_names_what_beats_the_run():
 def test_the_command_writes_what_it_prints(run, tmp_path, capsys):
     paths = {"json": tmp_path / "r.json", "plot": tmp_path / "r.png"}
     flags = [f"--workdir={run}", "--split=train", *(f"--{k}={v}" for k, v in paths.items())]
-    evaluate.main([*flags, "--yardsticks", "--quantiser=mulaw"])
+    evaluate.main([*flags, "--classical", "--quantiser=mulaw"])
     printed, record = capsys.readouterr().out, json.loads(paths["json"].read_text())
     assert paths["plot"].read_bytes().startswith(b"\x89PNG")
     assert f"{record['nll_bits']:.4f} bits ({record['nll_nats']:.4f} nats)" in printed
@@ -286,10 +290,10 @@ def test_the_command_writes_what_it_prints(run, tmp_path, capsys):
     assert (record["context_min"], record["context_max"]) == (0, PATCHES * SIZE)
     for axis in ("context", "position", "files"):
         assert sum(row["targets"] for row in record[axis]) == record["targets"]
-    for name, yardstick in record["yardsticks"].items():
+    for name, baseline in record["classical"].items():
         assert name in printed
-        assert len(yardstick["context"]) == len(record["context"])
-        assert yardstick["targets"] == record["targets"]
+        assert len(baseline["context"]) == len(record["context"])
+        assert baseline["targets"] == record["targets"]
     assert f"{record['files'][0]['nll_bits']:.4f}" in printed
 
     with pytest.raises(SystemExit):  # nothing is overwritten without asking

@@ -96,7 +96,7 @@ def test_the_page_holds_what_evaluation_says(page, run, data_dir):
     result = measure.evaluate_split(evaluator, params, split, max_targets=4_000)
     text = page.read_text()
     assert str(result) in text
-    assert "yardstick" in text
+    assert "classical baseline" in text
     assert all(name in text for r in split.recordings for name in [r.name])
 
 

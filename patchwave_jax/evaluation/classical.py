@@ -1,4 +1,4 @@
-"""Predictors that need no network: reference lines for a model's NLL, on the same codes.
+"""Classical baselines: predictors without a network, for comparison on the same codes.
 
 | name                 | log p(code at t given all codes before t)                                |
 |----------------------|--------------------------------------------------------------------------|
@@ -6,7 +6,7 @@
 | `previous-sample`    | histogram given the code before, backed off to `order-0`                 |
 | `linear-32`          | one 32-tap linear prediction of the waveform for all of the data, its    |
 |                      | residual logistic with one scale                                         |
-| `block-adaptive-32`  | 32 taps, fitted anew every 64 samples to the newest samples of the clip  |
+| `block-adaptive-32`  | 32 taps, refitted every 64 samples to the newest samples of the clip     |
 |                      | itself, the scale tracked at every sample                                |
 | `block-adaptive-256` | 256 taps, fitted to four times as many                                   |
 
@@ -63,7 +63,7 @@ NAMES = ("order-0", "previous-sample", "linear-32", *_BLOCK_ADAPTIVE)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassicalBaselines:
-    """What the yardsticks learned from train; `fit` makes it, `to_dict` stores it."""
+    """What is fitted to the train split; `fit` makes it, `to_dict` stores it."""
 
     quantiser: Quantiser
     pair_counts: Int64[np.ndarray, "256 256"]  # [the code before, the code]
@@ -73,7 +73,7 @@ class ClassicalBaselines:
     def log_probs(
         self, codes: UInt8[np.ndarray, " T"], names: Sequence[str] = NAMES
     ) -> dict[str, Float32[np.ndarray, " T"]]:
-        """Log-probability of every code of one clip given those before it, in nats, by yardstick.
+        """Log-probability of every code of one clip given those before it, in nats, by baseline.
 
         Raises `UserError` for a name that is not in `NAMES`.
         """
@@ -90,7 +90,7 @@ class ClassicalBaselines:
             return table[_with_history(codes, 1)[:-1], codes]
         if name == "linear-32":
             return self._linear_log_prob(codes)
-        raise UserError(f"yardstick {name!r} is unknown; use some of {', '.join(NAMES)}")
+        raise UserError(f"baseline {name!r} is unknown; use some of {', '.join(NAMES)}")
 
     def _linear_log_prob(self, codes: UInt8[np.ndarray, " T"]) -> Float64[np.ndarray, " T"]:
         padded, log_prob = _with_history(codes, LINEAR_TAPS), np.empty(len(codes))
@@ -116,17 +116,17 @@ class ClassicalBaselines:
         """The inverse of `to_dict`. Raises `UserError` if `values` cannot have come from it."""
         fields = {field.name for field in dataclasses.fields(cls)}
         if set(values) != fields:
-            raise UserError(f"stored yardsticks need the fields {sorted(fields)}; fit them again")
+            raise UserError(f"stored baselines need the fields {sorted(fields)}; fit them again")
         try:
             counts = np.asarray(values["pair_counts"], np.int64)
             taps = np.asarray(values["linear_taps"], np.float64)
             scale = float(values["linear_scale"])
         except (TypeError, ValueError) as error:
-            raise UserError(f"stored yardsticks are damaged ({error}); fit them again") from error
+            raise UserError(f"stored baselines are damaged ({error}); fit them again") from error
         good_counts = counts.shape == (NUM_CODES, NUM_CODES) and (counts >= 0).all()
         good_taps = taps.shape == (LINEAR_TAPS,) and np.isfinite(taps).all()
         if not (good_counts and good_taps and 0 < scale < math.inf):
-            raise UserError("stored yardsticks have a wrong shape or range; fit them again")
+            raise UserError("stored baselines have a wrong shape or range; fit them again")
         return cls(quantisers.get(str(values["quantiser"])), counts, taps, scale)
 
 
@@ -137,7 +137,7 @@ def fit(
     max_clip_samples: int = 262_144,
     max_samples: int = 16_777_216,
 ) -> ClassicalBaselines:
-    """Fits the yardsticks to a bounded sample of `train_clips`, the same one every time.
+    """Fits the classical baselines to a bounded sample of `train_clips`, the same one every time.
 
     The sample is the middle `max_clip_samples` of each clip, in the order given; no clip is
     drawn once `max_samples` are in hand. Takes a few seconds, and holds the sample as bytes.
@@ -152,7 +152,7 @@ def fit(
         if drawn >= max_samples:
             break
     if drawn == 0:
-        raise UserError("the train split has no samples to fit yardsticks to; check the data")
+        raise UserError("the train split has no samples to fit baselines to; check the data")
 
     pair_counts = np.zeros(NUM_CODES * NUM_CODES, np.int64)
     for excerpt in excerpts:
@@ -268,7 +268,7 @@ def _fit_scale(
 def _block_adaptive_log_prob(
     codes: UInt8[np.ndarray, " T"], quantiser: Quantiser, config: _BlockAdaptive
 ) -> Float64[np.ndarray, " T"]:
-    """Linear prediction, fitted anew for each block, and a mixture of logistics around it.
+    """Linear prediction, refitted for each block, and a mixture of logistics around it.
 
     All logistics of a mixture have the predicted mean; the candidate scales are weighed by
     their likelihoods over the newest samples, exponentially forgotten. Each scale is widened

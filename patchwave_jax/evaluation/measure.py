@@ -1,8 +1,7 @@
-"""Measures a model, and yardsticks beside it, on a split: numbers with all they depend on.
+"""Measures a model and classical baselines on a split: numbers with all that they depend on.
 
-The protocol is that of `patchwave_jax.evaluation.protocol`. Clips of a given length start anew at
-each source file, as in the published protocol (Goel et al. 2022); otherwise a recording is one
-clip.
+The protocol is that of `patchwave_jax.evaluation.protocol`. Clips of a given length start again at
+each source file, as in the published protocol (Goel et al. 2022); otherwise a recording is a clip.
 """
 
 import dataclasses
@@ -25,8 +24,8 @@ from patchwave_jax.evaluation.evaluator import Evaluator
 from patchwave_jax.evaluation.nll import MODEL, NllAccumulator
 from patchwave_jax.evaluation.protocol import Window
 
-HISTORY_SAMPLES = 8_192  # that yardsticks see before a stretch: all that they remember
-STRETCH_SAMPLES = 262_144  # that yardsticks predict at once, at most
+HISTORY_SAMPLES = 8_192  # that baselines read before a stretch: all that they depend on
+STRETCH_SAMPLES = 262_144  # that baselines predict at once, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Targets(NamedTuple):
         """Codes of a clip; read when sliced, unless the quantiser needs the whole clip."""
         return ClipCodes(self.split, self.clips[clip], self.config.data.quantiser)
 
-    def tally(self) -> NllAccumulator:
+    def accumulator(self) -> NllAccumulator:
         return NllAccumulator(self.split.recordings, self.clips, self.config.context_samples)
 
 
@@ -129,40 +128,40 @@ def choose_targets(
 
 
 def measure(
-    evaluator: Evaluator, params: Any, targets: Targets, tally: NllAccumulator | None = None
+    evaluator: Evaluator, params: Any, targets: Targets, nll: NllAccumulator | None = None
 ) -> NllAccumulator:
-    """Adds the model's log-probabilities of `targets` to `tally`, a new one by default."""
-    tally = tally or targets.tally()
+    """Adds the model's log-probabilities of `targets` to `nll`, a new one by default."""
+    nll = nll or targets.accumulator()
     scored = evaluator.score(params, targets.codes, targets.windows)
     for item in _with_bar(scored, len(targets.windows), "windows"):
-        tally.add(item.window.clip, item.window.first, item.contexts, item.log_probs)
-    return tally
+        nll.add(item.window.clip, item.window.first, item.contexts, item.log_probs)
+    return nll
 
 
 def measure_classical(
-    yardsticks: ClassicalBaselines,
+    baselines: ClassicalBaselines,
     targets: Targets,
-    tally: NllAccumulator | None = None,
+    nll: NllAccumulator | None = None,
     names: Sequence[str] = NAMES,
 ) -> NllAccumulator:
-    """Adds the yardsticks' log-probabilities of the same targets."""
-    tally = tally or targets.tally()
+    """Adds the classical baselines' log-probabilities of the same targets."""
+    nll = nll or targets.accumulator()
     stretches = list(_stretches(targets.windows))
-    for windows in _with_bar(stretches, len(stretches), "yardsticks"):
+    for windows in _with_bar(stretches, len(stretches), "classical baselines"):
         clip, first, end = windows[0].clip, windows[0].first, windows[-1].end
         contexts = np.concatenate([protocol.contexts(window, targets.config) for window in windows])
-        log_probs = classical_log_probs(yardsticks, targets.codes(clip), first, end, names)
+        log_probs = classical_log_probs(baselines, targets.codes(clip), first, end, names)
         for name, values in log_probs.items():
-            tally.add(clip, first, contexts, values, name)
-    return tally
+            nll.add(clip, first, contexts, values, name)
+    return nll
 
 
 def context_gain(evaluator: Evaluator, params: Any, growing: Targets) -> NllAccumulator | None:
-    """What a short context costs, by context: both predictions are of the very same targets.
+    """What a longer context gains over a short one, by the short one, on the same targets.
 
-    `growing` has windows of the whole context from scratch (stride N). The tally holds, for each
-    of their targets that has a whole context behind it, what -log p loses when the context grows
-    to at least half of the whole. None if there is no such target.
+    `growing` has windows of the whole context from scratch (stride N). For each of their targets
+    that has a whole context behind it, the nll holds by how much -log p falls when the
+    context grows to at least half of the whole. None if there is no such target.
     """
     config, size = growing.config, growing.config.window_unit
     stride = config.window_units // 2
@@ -177,22 +176,22 @@ def context_gain(evaluator: Evaluator, params: Any, growing: Targets) -> NllAccu
     known: dict[tuple[int, int], protocol.Scored] = {}
     for item in _with_bar(evaluator.score(params, growing.codes, short), len(short), "windows"):
         known[item.window.clip, item.window.first] = item
-    tally, span = growing.tally(), config.context_samples
+    nll, span = growing.accumulator(), config.context_samples
     for item in _with_bar(evaluator.score(params, growing.codes, long), len(long), "windows"):
         clip, first, end, *_ = item.window
         begin = first // span * span  # of the short window: they follow each other
         _, log_probs, contexts = known[clip, begin]
         piece = slice(first - begin, end - begin)
-        tally.add(clip, first, contexts[piece], log_probs[piece] - item.log_probs)
-    return tally
+        nll.add(clip, first, contexts[piece], log_probs[piece] - item.log_probs)
+    return nll
 
 
 def classical_log_probs(
-    yardsticks: ClassicalBaselines, codes: Any, first: int, end: int, names: Sequence[str] = NAMES
+    baselines: ClassicalBaselines, codes: Any, first: int, end: int, names: Sequence[str] = NAMES
 ) -> dict[str, Float32[np.ndarray, " n"]]:
     """Log-probabilities of the samples `first` to `end` of a clip, from all before them."""
     begin = max(0, (first - HISTORY_SAMPLES) // HISTORY_SAMPLES * HISTORY_SAMPLES)
-    log_probs = yardsticks.log_probs(codes[begin:end], names)
+    log_probs = baselines.log_probs(codes[begin:end], names)
     return {name: values[first - begin :] for name, values in log_probs.items()}
 
 
@@ -213,20 +212,20 @@ def _with_bar(items: Iterable[Any], total: int, unit: str) -> Iterable[Any]:
     return tqdm(items, total=total, unit=unit, leave=False, disable=not sys.stderr.isatty())
 
 
-def result(tally: NllAccumulator, targets: Targets, name: str = MODEL) -> Result:
-    """The NLL of everything in `tally`."""
-    row = tally.total(name)
+def result(nll: NllAccumulator, targets: Targets, name: str = MODEL) -> Result:
+    """The NLL of everything in `nll`."""
+    row = nll.total(name)
     return Result(
         nll_nats=row.nll_nats,
         nll_bits=row.nll_bits,
         bits_low=row.bits_low,
         bits_high=row.bits_high,
-        interval_over=tally.interval_over,
+        interval_over=nll.interval_over,
         quantiser=targets.config.data.quantiser,
         targets=row.targets,
-        context_min=tally.context_min,
-        context_mean=tally.context_mean,
-        context_max=tally.context_max,
+        context_min=nll.context_min,
+        context_mean=nll.context_mean,
+        context_max=nll.context_max,
         stride_patches=targets.stride_patches,
         clip_samples=targets.clip_samples,
         drop_last=targets.drop_last,

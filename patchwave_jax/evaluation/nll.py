@@ -19,7 +19,7 @@ from patchwave_jax.data.index import Recording
 from patchwave_jax.data.windows import Clip
 
 LN2 = math.log(2)
-MODEL = "model"  # the name of its row, beside those of the yardsticks
+MODEL = "model"  # the name of its row, beside those of the classical baselines
 LEVEL = 0.95  # of all intervals
 RESAMPLES = 2_000
 FEWEST_UNITS = 5  # of an interval: less say next to nothing of how far they spread
@@ -60,7 +60,7 @@ class FileRow(Row):
 
 
 class NllAccumulator:
-    """Sums over the targets of one split, for the model and for yardsticks.
+    """Sums over the targets of one split, for the model and for classical baselines.
 
     Whose log-probabilities they are is told by a name.
     """

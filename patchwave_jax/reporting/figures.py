@@ -65,14 +65,14 @@ def save(figure: Figure, target: Path | io.BytesIO, kind: str | None = None) -> 
         raise UserError(f"{target} can't be drawn: {error}") from error
 
 
-def context_curves(tallies: Mapping[str, NllAccumulator], width: float = NARROW) -> Figure:
+def context_curves(nlls: Mapping[str, NllAccumulator], width: float = NARROW) -> Figure:
     """Bits against the available context, of one or several runs by label, with intervals.
 
-    Bins of few units, whose level says little, are left out, and so are contexts of a few samples,
-    whose bits are off any scale. The yardsticks of the last run are drawn where they come near.
+    Left out are bins of few units, which say little, and contexts of a few samples, whose bits are
+    off any scale. The classical baselines of the last run are drawn where they come near.
     """
     figure, (axes,) = make(height=0.85 * width, width=width)
-    curves = {label: _reliable(tally.by_context()) for label, tally in tallies.items()}
+    curves = {label: _reliable(nll.by_context()) for label, nll in nlls.items()}
     for (label, points), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
         curve(axes, [max(point.mean, 1.0) for point in points], points, colour, label)
     every = [point for points in curves.values() for point in points]
@@ -80,7 +80,7 @@ def context_curves(tallies: Mapping[str, NllAccumulator], width: float = NARROW)
     high = max(p.nll_bits if p.bits_high is None else p.bits_high for p in every)
     margin = 0.15 * (high - low) + 0.02
     axes.set_ylim(max(0, low - margin), high + margin)
-    last = list(tallies.values())[-1]
+    last = list(nlls.values())[-1]
     for name in last.names:
         points = _reliable(last.by_context(name))
         bits = [point.nll_bits for point in points]
@@ -88,21 +88,21 @@ def context_curves(tallies: Mapping[str, NllAccumulator], width: float = NARROW)
             x, colour = [max(point.mean, 1.0) for point in points], CLASSICAL_COLOURS[name]
             axes.plot(x, bits, "--", color=colour, lw=1.2, label=name)
     axes.set(xlabel="context available to the prediction (samples)", ylabel="bits per sample")
-    longest = max(tally.context_max for tally in tallies.values())
+    longest = max(nll.context_max for nll in nlls.values())
     context_axis(axes, max(1, min(point.low for point in every)), longest)
     if len(axes.lines) > 1:
         axes.legend(**LEGEND)
     return figure
 
 
-def context_gain_curve(tally: NllAccumulator) -> Figure:
+def context_gain_curve(nll: NllAccumulator) -> Figure:
     """What a short context costs, against that context (see `measure.context_gain`)."""
     figure, (axes,) = make(height=0.85 * NARROW, width=NARROW)
-    points = _reliable(tally.by_context())
+    points = _reliable(nll.by_context())
     axes.axhline(0, color=FAINT, lw=1)
     curve(axes, [point.mean for point in points], points, COLOURS[0])
     axes.set(xlabel="context available to the prediction (samples)", ylabel="extra bits per sample")
-    context_axis(axes, max(1, points[0].low), tally.context_max)
+    context_axis(axes, max(1, points[0].low), nll.context_max)
     return figure
 
 
@@ -111,10 +111,10 @@ def _reliable(points: Sequence[Point]) -> Sequence[Point]:
     return [p for p in points if p.bits_low is not None and p.low >= LEAST_CONTEXT] or points
 
 
-def position_curve(tally: NllAccumulator) -> Figure:
+def position_curve(nll: NllAccumulator) -> Figure:
     """Bits against the position in the clip."""
     figure, (axes,) = make(height=0.85 * NARROW, width=NARROW)
-    points = tally.by_position()
+    points = nll.by_position()
     curve(axes, [point.mean / SAMPLE_RATE for point in points], points, COLOURS[0])
     axes.set(xlabel="position in the clip (s)", ylabel="bits per sample")
     return figure
@@ -151,9 +151,9 @@ def _short(samples: int) -> str:
 
 
 def loss_curves(
-    training: Sequence[Mapping], validation: Sequence[Mapping], yardsticks: Mapping[str, float]
+    training: Sequence[Mapping], validation: Sequence[Mapping], baselines: Mapping[str, float]
 ) -> Figure:
-    """Train and validation bits over the steps, yardsticks (nats by name) as lines."""
+    """Train and validation bits over the steps, classical baselines (nats by name) as lines."""
     figure, (axes,) = make(height=3.9)
     steps, bits = [row["step"] for row in training], [row["nll_bits"] for row in training]
     axes.plot(steps, bits, color=COLOURS[0], lw=0.8, alpha=0.35)
@@ -169,7 +169,7 @@ def loss_curves(
             label="validation",
         )
     top = 1.15 * float(np.quantile(bits, 0.98))
-    for name, nats in yardsticks.items():
+    for name, nats in baselines.items():
         if (value := nats / LN2) < top:
             colour = CLASSICAL_COLOURS[name]
             axes.axhline(value, color=colour, ls="--", lw=1.2)

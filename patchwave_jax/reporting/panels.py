@@ -48,7 +48,10 @@ def player(pcm: np.ndarray, rate: int = SAMPLE_RATE) -> str:
 
 
 def context_panels(
-    tally: NllAccumulator, growing: NllAccumulator, shortage: NllAccumulator | None, config: Config
+    nll: NllAccumulator,
+    growing: NllAccumulator,
+    shortage: NllAccumulator | None,
+    config: Config,
 ) -> Iterator[dict[str, str]]:
     """The figures of what context is worth."""
     whole = f"{config.context_samples:,}"
@@ -65,7 +68,7 @@ def context_panels(
         f"Every window of {whole} samples from scratch. Band: 95% interval, mostly of how hard "
         "the targets of a point are: each has its own.",
     )
-    yield picture(figures.position_curve(tally), "Bits against position in the clip")
+    yield picture(figures.position_curve(nll), "Bits against position in the clip")
 
 
 def excerpts(evaluator: Evaluator, params: Any, targets: Targets) -> Iterator[dict[str, str]]:

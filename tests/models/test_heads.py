@@ -134,5 +134,5 @@ def test_an_untrained_mixture_is_near_linear_prediction(rng):
     (prediction,), _ = jax.tree.map(lambda x: x[0], head.condition(jnp.asarray(codes[None]), 8))
     hidden = jnp.zeros((codes.size - 8, 6))
     bits = -float(head.log_prob(hidden, jnp.asarray(codes[8:]), prediction).mean()) / np.log(2)
-    yardstick = classical.fit([codes], quantiser).log_probs(codes, ["linear-32"])["linear-32"]
-    assert bits < -float(yardstick[32:].mean()) / np.log(2) + 1
+    baseline = classical.fit([codes], quantiser).log_probs(codes, ["linear-32"])["linear-32"]
+    assert bits < -float(baseline[32:].mean()) / np.log(2) + 1

@@ -85,7 +85,7 @@ def test_a_run_resumes_from_a_bucket_as_from_a_folder(data, bucket, tmp_path, ca
     assert there == kept
 
     argv = [f"--workdir={place}", "--max_targets=2000"]
-    evaluate.main([*argv, f"--json={tmp_path}/one.json", "--yardsticks", "--split=test"])
+    evaluate.main([*argv, f"--json={tmp_path}/one.json", "--classical", "--split=test"])
     report.main(argv)
     page = bucket.cat_file("bucket/runs/one/report.html").decode()
     assert "samples/step00000008_0.wav" in page

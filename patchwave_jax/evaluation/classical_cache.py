@@ -1,7 +1,7 @@
-"""What a run is held against: the yardsticks on its own targets, fitted once and kept.
+"""The classical baselines of a run, fitted once and kept in its working directory.
 
-`WORKDIR/yardsticks.json` holds what was fitted to the train split and the NLL on every set of
-targets that was asked for; other data or another quantiser starts it anew.
+`WORKDIR/classical_baselines.json` holds what was fitted to the train split, and the NLL on every
+set of targets that was asked for. It is replaced for other data or another quantiser.
 """
 
 import json
@@ -21,13 +21,13 @@ from patchwave_jax.evaluation.nll import LN2
 from patchwave_jax.runtime.distributed import is_first
 from patchwave_jax.runtime.storage import write_atomically
 
-FILENAME = "yardsticks.json"
+FILENAME = "classical_baselines.json"
 FIT_CLIP_SAMPLES = 262_144
 FIT_CLIPS = 64  # 16.8M samples at most, from all over the train split
 
 
 def fit(train_split: Split, quantiser: str) -> ClassicalBaselines:
-    """The yardsticks of evenly spread stretches of `train_split`."""
+    """Classical baselines fitted to evenly spread stretches of `train_split`."""
     code = quantisers.get(quantiser)
     chosen = list(clips(train_split, FIT_CLIP_SAMPLES, drop_last=False))
     step = -(-len(chosen) // FIT_CLIPS)
@@ -38,7 +38,7 @@ def fit(train_split: Split, quantiser: str) -> ClassicalBaselines:
 def fitted(
     workdir: str | os.PathLike[str], train_split: Split, quantiser: str
 ) -> ClassicalBaselines:
-    """The yardsticks kept in `workdir`, fitted first if they are not those of this data."""
+    """The baselines kept in `workdir`, fitted first if there are none for this data."""
     return ClassicalBaselines.from_dict(_open(workdir, train_split, quantiser)["fitted"])
 
 
@@ -48,33 +48,33 @@ def classical_on(
     workdir: str | os.PathLike[str],
     names: Sequence[str] = NAMES,
 ) -> dict[str, float]:
-    """NLL of the yardsticks on `targets`, in nats, by name; kept in `workdir`."""
+    """NLL of the classical baselines on `targets`, in nats, by name; kept in `workdir`."""
     kept = _open(workdir, train_split, targets.config.data.quantiser)
     values = kept["nats"].setdefault(_key(targets), {})
     if missing := [name for name in names if name not in values]:
-        tally = measure_classical(
+        nll = measure_classical(
             ClassicalBaselines.from_dict(kept["fitted"]), targets, names=missing
         )
-        values |= {name: tally.total(name).nll_nats for name in missing}
+        values |= {name: nll.total(name).nll_nats for name in missing}
         _write(workdir, kept)
     return {name: values[name] for name in names}
 
 
 def verdict(nats: float, classical_nats: Mapping[str, float], split: str = "validation") -> str:
-    """What the NLL of `split` says beside the yardsticks on the same targets, in one sentence."""
+    """One sentence that compares an NLL of `split` with the baselines on the same targets."""
     ordered = sorted(classical_nats.items(), key=lambda item: -item[1])
     beaten = [name for name, value in ordered if nats < value]
     better = [f"{name} {value / LN2:.4f}" for name, value in ordered if nats >= value]
     own = f"{split} {nats / LN2:.4f} bits"
     if not better:
-        return f"{own} is below all yardsticks, the best of which is {_best(ordered)}"
+        return f"{own} is below all classical baselines, the best of which is {_best(ordered)}"
     if not beaten:
         return (
-            f"{own} is ABOVE ALL YARDSTICKS ({', '.join(better)}): "
-            "so far the model knows less than a histogram of the samples"
+            f"{own} is above all classical baselines ({', '.join(better)}): "
+            "so far the model is worse than a histogram of the samples"
         )
     return (
-        f"{own} is still above {', '.join(better)}: these need no network; "
+        f"{own} is still above {', '.join(better)}, which need no network; "
         f"it is below {', '.join(beaten)}"
     )
 
@@ -85,7 +85,7 @@ def _best(ordered: Sequence[tuple[str, float]]) -> str:
 
 
 def _key(targets: Targets) -> str:
-    """Names a set of targets: the same windows of the same split have the same key."""
+    """The name of a set of targets: the same for the same windows of the same split."""
     size = targets.config.window_unit
     count = sum(window.end - window.first for window in targets.windows)
     first = targets.windows[0]
@@ -107,7 +107,7 @@ def _open(workdir: str | os.PathLike[str], train_split: Split, quantiser: str) -
                 return kept
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} is damaged ({error!r}); remove it, it will be made again"
+                f"{path} is damaged ({error!r}); remove it: it will be computed again"
             ) from error
     kept = {
         "manifest_hash": train_split.manifest_hash,
