@@ -18,6 +18,6 @@ from patchwave_jax.models.sashimi import SaShiMiConfig
 
 def get_config(arg: str = ""):
     if arg and not arg.isdecimal():
-        raise UserError(f"--config=sashimi.py:{arg}: {arg!r} is no number of layers")
+        raise UserError(f"--config=sashimi.py:{arg}: {arg!r} is not a number of layers")
     model = SaShiMiConfig(num_layers=int(arg or 8))
     return to_config_dict(recipes.baseline(model, learning_rate=4e-3))

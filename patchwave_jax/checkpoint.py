@@ -1,10 +1,10 @@
-"""Checkpoints of a run: orbax, written in the background, the newest and the best kept.
+"""Checkpoints of a run, by orbax: saved in the background; the newest and the best are kept.
 
 `WORKDIR/checkpoints/STEP` holds two trees, `params` and `optimizer`, and as metadata the
-configuration, the data manifest's hash, the code version, where the stopping rule stands, and the
-SHA-256 of every array and of this record. `STEP` counts completed steps. A save becomes visible by
-one rename, so a killed one leaves none. What is restored is compared with its SHA-256, and training
-moves a damaged step to `WORKDIR/damaged` and goes on from the newest sound one.
+configuration, the data manifest's hash, the code version, the state of the stopping rule, and the
+SHA-256 of every array and of the metadata itself. `STEP` counts completed steps. A save becomes
+visible by one rename, so a killed save leaves nothing. Restored arrays are compared with their
+SHA-256. Training moves a damaged step to `WORKDIR/damaged` and resumes from the newest sound one.
 """
 
 import contextlib
@@ -42,10 +42,10 @@ _policies = ocp.training.preservation_policies
 
 
 class Checkpoints:
-    """The checkpoints of one working directory. A context manager: leaving it waits for saves."""
+    """The checkpoints of one working directory. A context manager that waits for saves on exit."""
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int | None = None):
-        """Opens `workdir` for training, keeping `keep` newest steps; None: only to read."""
+        """Opens `workdir` for training, which keeps the `keep` newest steps, or (None) for reading."""
         self._in_bucket = is_url(workdir)
         self.directory = as_path(workdir) / "checkpoints"
         with self._names_bucket():
@@ -83,11 +83,11 @@ class Checkpoints:
             with self._says_what_failed():
                 self._checkpointer.close()
         except UserError:
-            if kind is None:  # else what went wrong before is what to tell
+            if kind is None:  # else the first error is the one to report
                 raise
 
     def wait(self) -> None:
-        """Returns when all saves are on disk."""
+        """Waits until all saves are on disk."""
         with self._says_what_failed():
             self._checkpointer.wait()
 
@@ -98,13 +98,13 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step with the lowest validation NLL, or None if none was validated."""
+        """The step with the lowest validation NLL; None if no step was validated."""
         scored: dict[int, Any] = {c.step: c.metrics for c in self._checkpointer.checkpoints}
         nats = {step: metrics[METRIC] for step, metrics in scored.items() if metrics}
         return min(nats, key=nats.__getitem__, default=None)
 
     def choose(self, step: int | None) -> int:
-        """`step` if it exists; None is the best, or the newest where none was validated."""
+        """`step` if it exists; for None the best step, or the newest if none was validated."""
         if step is None:
             step = self.latest if self.best is None else self.best
             if step is None:
@@ -125,10 +125,10 @@ class Checkpoints:
         flat_evals: int,
         validation_nats: float | None = None,
     ) -> None:
-        """Writes `state` as `step` in the background; a step that exists is left as it is.
+        """Saves `state` as `step` in the background; a step that exists is left as it is.
 
         Raises:
-          UserError: if this or the save before can't be written.
+          UserError: if this or the previous save can't be written.
         """
         if step in [c.step for c in self._checkpointer.checkpoints]:
             return
@@ -151,11 +151,11 @@ class Checkpoints:
             )
 
     def record(self, step: int) -> Record:
-        """What the checkpoint of `step` says of itself.
+        """The metadata of the checkpoint of `step`.
 
         Raises:
           DamagedError: if it is not as it was written.
-          UserError: if it was written by something else, or by an older version.
+          UserError: if something else wrote it.
         """
         try:
             with self._names_bucket():
@@ -170,17 +170,19 @@ class Checkpoints:
             )
         metrics: Any = {c.step: c.metrics for c in self._checkpointer.checkpoints}[step]
         if not record.arrays:
-            logging.warning("%s/%s has no checksums: an older version's", self.directory, step)
+            logging.warning(
+                "%s/%s has no checksums: an older version wrote it", self.directory, step
+            )
         elif (metrics or {}).get(METRIC) != record.validation_nats:
             raise self._damaged(step, f"its metrics are {metrics}, not {record.validation_nats}")
         return record
 
     def restore(self, step: int, abstract_state: dict[str, Any]) -> dict[str, Any]:
-        """The whole training state; `abstract_state` gives shapes, dtypes and shardings.
+        """The training state; `abstract_state` gives shapes, dtypes and shardings.
 
         Raises:
           DamagedError: naming what is not as it was written.
-          UserError: naming the first array that the checkpoint does not have, or has otherwise.
+          UserError: naming the first array that is missing or has another shape or dtype.
         """
         return _as_state(self._load(step, _as_trees(abstract_state)))
 
@@ -191,12 +193,13 @@ class Checkpoints:
     def resume(
         self, abstract_state: dict[str, Any], check: Callable[[Record], None]
     ) -> tuple[dict[str, Any], Record] | None:
-        """The newest sound step's state and record, or None before the first checkpoint.
+        """State and metadata of the newest sound step; None before the first checkpoint.
 
-        Damaged steps are moved to `WORKDIR/damaged`. `check` refuses a record by a `UserError`.
+        Damaged steps are moved to `WORKDIR/damaged`. `check` raises `UserError` for metadata that
+        does not belong to this run.
 
         Raises:
-          UserError: from `check`, or if there are none but damaged steps.
+          UserError: from `check`, or if all steps are damaged.
         """
         while (step := self.latest) is not None:
             damage, found = self._damaged(step, "another process can't read it"), None
@@ -214,8 +217,8 @@ class Checkpoints:
             self._checkpointer.reload()
         if self._aside.is_dir() and any(self._aside.iterdir()):
             raise UserError(
-                f"{self.directory} holds no sound checkpoint, only damaged ones in {self._aside}; "
-                "mend them, or start anew in another --workdir"
+                f"{self.directory} has no sound checkpoint, only damaged ones in {self._aside}; "
+                "repair them, or start again in another --workdir"
             )
         return None
 
@@ -241,15 +244,15 @@ class Checkpoints:
     def _damaged(self, step: int, why: str) -> DamagedError:
         others = [str(s) for s in _steps(self.directory) if s != step]
         place = self.directory / str(step)
-        then = f"Training moves it to {self._aside} and goes on without it"
+        then = f"Training moves it to {self._aside} and continues without it"
         if self._in_bucket:
-            then = f"gcloud storage mv {place} {self._aside}/, and training goes on without it"
+            then = f"gcloud storage mv {place} {self._aside}/, and training continues without it"
         return DamagedError(
             f"{place} is damaged: {why}. {then}; other steps: {', '.join(others) or 'none'}"
         )
 
     def _unreadable(self, step: int, error: Exception, what: str = "") -> UserError:
-        """`error` as damage, unless it is the machine's that reads, or the way to a bucket."""
+        """`error` as damage, unless its cause is this machine or the connection to a bucket."""
         machine = (
             self._in_bucket
             or isinstance(error, (MemoryError, PermissionError))
@@ -260,7 +263,7 @@ class Checkpoints:
         return self._damaged(step, what + _first_line(error))
 
     def _load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        expected = self.record(step).arrays  # none, of an older version
+        expected = self.record(step).arrays  # empty if an older version wrote it
         in_network = any(name.startswith("params/network/") for name in expected)
         if in_network:
             abstract = _of_states(abstract, lambda state: nnx.State({"network": state}))
@@ -274,7 +277,7 @@ class Checkpoints:
         try:
             trees = self._checkpointer.load_checkpointables(step, abstract)
         except Exception as error:
-            # orbax forgets what it began to read of the other arrays, which asyncio would tell
+            # orbax abandons its reads of the other arrays, which asyncio would report.
             standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
             raise self._unreadable(step, error) from error
         for name, found in described(trees).items() if expected else ():
@@ -287,21 +290,21 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _says_what_failed(self) -> Iterator[None]:
-        """What orbax raises while it writes, at once or from the background, as a `UserError`."""
+        """Turns what orbax raises while it writes, here or in the background, into a `UserError`."""
         try:
             yield
         except Exception as error:
             whole = _steps(self.directory)
-            kept = f"step {whole[-1]} is the last good one" if whole else "none is there yet"
+            kept = f"step {whole[-1]} is the last good one" if whole else "there is none yet"
             raise UserError(
                 f"a checkpoint can't be written to {self.directory}: {_first_line(error)}. {kept}; "
-                "make room or mend the disk, then the same command goes on"
+                "free some space or repair the disk; the same command then continues"
             ) from error
 
 
 def _is_there(directory: epath.Path) -> bool:
     try:
-        next(iter(directory.iterdir()), None)  # `is_dir` is false of a bucket without a network
+        next(iter(directory.iterdir()), None)  # `is_dir` is false for a bucket without a connection
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
@@ -312,20 +315,20 @@ def _steps(directory: epath.Path) -> list[int]:
 
 
 def _broken_json(directory: epath.Path) -> Iterator[tuple[int, str]]:
-    """Steps that orbax would choke on before they can be looked at, and why."""
+    """Steps whose JSON files orbax could not read, and why."""
     for step in _steps(directory):
         for name in ("_CHECKPOINT_METADATA", "metrics/metrics"):
             try:
                 json.loads((directory / str(step) / name).read_bytes())
             except FileNotFoundError:
-                continue  # found when the step is read
+                continue  # reported when the step is read
             except (OSError, ValueError) as error:
                 yield step, f"{name}: {error}"
                 break
 
 
 def _first_line(error: Exception) -> str:
-    if "incompatible handler" in str(error):  # followed by pages of shapes
+    if "incompatible handler" in str(error):  # the message goes on with pages of shapes
         return "its list of arrays is missing or can't be read"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -336,7 +339,7 @@ def _as_trees(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_states(trees: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """`change` of every tree of parameters or moments: old baselines had a level more in them."""
+    """`change` of every tree of parameters or moments: old baselines had one more level."""
     return jax.tree.map(
         lambda x: change(x) if isinstance(x, nnx.State) else x,
         trees,
@@ -349,5 +352,5 @@ def _as_state(trees: dict[str, Any]) -> dict[str, Any]:
 
 
 def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Shapes and dtypes of `tree`, to be restored with one sharding."""
+    """Shapes and dtypes of `tree`, all with one sharding."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

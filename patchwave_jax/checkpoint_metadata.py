@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, how that is protected, and which changes of it are refused."""
+"""The metadata of checkpoints: its checksum, and which configurations may resume from it."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ RETIRED = (("train", "hop", 1), ("run", "shard_parameters", False))
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a checkpoint says of itself."""
+    """The metadata of a checkpoint."""
 
     config: Config
     manifest_hash: str
@@ -28,7 +28,7 @@ class Record:
     flat_evals: int  # validations since then, past `decay_steps`
     validation_nats: float | None = None  # after this very step
     arrays: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
-    # Of every array by its name: dtype, shape, SHA-256. Empty: an older version's.
+    # By the array's name: dtype, shape, SHA-256. Empty: an older version wrote it.
 
 
 class DamagedError(UserError):
@@ -36,26 +36,26 @@ class DamagedError(UserError):
 
 
 def parse(stored: Any) -> Record | None:
-    """The record kept as a checkpoint's metadata; None if that is another program's.
+    """Parses stored metadata; None if another program wrote it.
 
     Raises:
       ValueError, TypeError or KeyError: if it is damaged.
     """
     if not isinstance(stored, dict) or not stored:
-        raise ValueError("there is none")
+        raise ValueError("it is empty")
     if "config" not in stored and "sha256" not in stored:
         return None
     fields = dict(stored)
     claimed = fields.pop("sha256", None)
     if claimed is None and "arrays" in fields:
-        raise ValueError("its SHA-256 is gone")
+        raise ValueError("its SHA-256 is missing")
     if claimed is not None and claimed != record_hash(fields):
         raise ValueError("it does not match its SHA-256")
     return Record(**{**fields, "config": from_config_dict(_completed(fields["config"]))})
 
 
 def _completed(stored: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of an older version: new fields have their defaults, retired ones go."""
+    """An older version's configuration with defaults for new fields, without retired ones."""
     stored = {name: dict(x) if isinstance(x, dict) else x for name, x in stored.items()}
     for section, field, usual in RETIRED:
         if (value := stored.get(section, {}).pop(field, usual)) != usual:
@@ -94,9 +94,9 @@ def described(trees: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def check_continues(config: Config, manifest_hash: str, record: Record) -> None:
-    """Refuses a run that can't be the checkpoint's own: another network, other codes, other data.
+    """Refuses to resume with another network, other codes or other data than the checkpoint's.
 
-    What else differs, such as the learning rate, is the user's to change: see `changes`.
+    Other fields, such as the learning rate, may change: see `changes`.
 
     Raises:
       UserError: naming the first field that differs and both values.

@@ -14,7 +14,7 @@ from patchwave_jax.runtime import profiler
 
 _CONFIGS = (
     "configs/demo.py, laptop.py, ctx128k.py, ctx512k.py, ctx1m.py (or ctx128k.py:dense ...), "
-    "wavenet.py, samplernn.py, sashimi.py"
+    "wavenet.py, samplernn.py, sashimi.py, megabyte.py"
 )
 
 
@@ -37,15 +37,15 @@ def parse(argv: list[str], about: str | None) -> Command:
     config = config_flags.DEFINE_config_file(
         "config",
         None,
-        "A file of configs/, such as configs/ctx128k.py:dense. Its fields, listed in "
-        "patchwave_jax/config.py, are set like this: --config.train.batch_size=8.",
+        "A file in configs/, such as configs/ctx128k.py:dense. Its fields are listed in "
+        "patchwave_jax/config.py; set one with --config.train.batch_size=8.",
         flag_values=values,
         sys_argv=argv,
     )
     workdir = flags.DEFINE_string(
         "workdir",
         None,
-        "Where the run lives: a folder, or gs://BUCKET/DIR; default: runs/CONFIG.",
+        "Directory of the run: a folder, or gs://BUCKET/DIR; default: runs/CONFIG.",
         flag_values=values,
     )
     profile_steps = flags.DEFINE_string(
@@ -57,18 +57,19 @@ def parse(argv: list[str], about: str | None) -> Command:
     print_config = flags.DEFINE_bool(
         "print_config", False, "Print the configuration, and exit.", flag_values=values
     )
-    wants_help = flags.DEFINE_bool("help", False, "Show this.", flag_values=values)
+    wants_help = flags.DEFINE_bool("help", False, "Show this message.", flag_values=values)
     try:
         rest = values(argv)[1:]
         tree = config.value
         if tree is not None:
-            tree.to_dict()  # a file that can't be loaded tells it when it is asked
-    except Exception as error:  # of absl, of ml_collections, or of the file itself
+            tree.to_dict()  # raises for a file that can't be loaded
+    except Exception as error:  # from absl, ml_collections or the file itself
         given = [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
         name = given[-1].split(":")[0] if given else ""
         if isinstance(error, OSError) and not Path(name).is_file():
-            told = f"--config={name} is no file; those that come along: {_CONFIGS}"
-            raise UserError(told) from error
+            raise UserError(
+                f"--config={name} is not a file; the built-in ones are {_CONFIGS}"
+            ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         told = " ".join(lines if len(lines) < 4 else lines[-1:]) or type(error).__name__
         raise UserError(f"--config: {told}; see --help") from error
@@ -78,7 +79,7 @@ def parse(argv: list[str], about: str | None) -> Command:
     if rest:
         raise UserError(f"unknown argument {rest[0]!r}; see --help")
     if tree is None:
-        raise UserError(f"--config is missing; those that come along: {_CONFIGS}")
+        raise UserError(f"--config is missing; the built-in ones are {_CONFIGS}")
     name = Path(values["config"].config_filename).stem  # pyright: ignore
     steps = profiler.parse_steps(profile_steps.value) if profile_steps.value is not None else None
     return Command(

@@ -150,7 +150,7 @@ def remedy(config: Config) -> str:
     tries = []
     if config.train.micro_batch_size != 1:
         tries.append("--config.train.micro_batch_size=1")
-    if config.model.shares_rows(config.causal):
+    if config.model.shared_axes(config.context_samples, config.causal):
         tries.append("smaller --config.run.phase_chunk and --config.run.encode_chunk_patches")
         tries.append(f"--config.run.context_devices={2 * config.run.context_devices}")
     if config.model.compute_dtype == "float32":

@@ -1,28 +1,20 @@
-"""The recipes that the configurations share: the paper's, ours, and ours for small machines."""
+"""Recipes shared by configurations: the paper's, ours, ours for small machines, baselines'."""
 
 import dataclasses
 from typing import Any
 
 import ml_collections
 
-from patchwave_jax.config import (
-    Config,
-    DataConfig,
-    RunConfig,
-    TrainConfig,
-)
+from patchwave_jax.config import Config, DataConfig, RunConfig, TrainConfig
 from patchwave_jax.config_dict import to_config_dict
 from patchwave_jax.errors import UserError
 from patchwave_jax.models.base import ModelConfig
 from patchwave_jax.models.patchwave.config import PatchWaveConfig
 
-NO_DROPOUT: Any = {
-    "conv_dropout": 0.0,
-    "mlp_dropout": 0.0,
-    "head_dropout": 0.0,
-    "token_dropout": 0.0,
-}
-ADAPTIVE: Any = {  # short memories for onsets, long ones for held notes
+NO_DROPOUT: Any = dict.fromkeys(
+    ("conv_dropout", "mlp_dropout", "head_dropout", "token_dropout"), 0.0
+)
+ADAPTIVE: Any = {  # short windows for onsets, long ones for held notes
     "adaptive_taps": (24, 192, 512, 1024),
     "adaptive_windows": (1024, 4096, 12_288, 24_576),
     "adaptive_block_samples": 100,

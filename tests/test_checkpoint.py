@@ -139,7 +139,7 @@ def test_with_none_but_damaged_steps_nothing_is_begun_anew(copy, state):
     for step in (3, 6):
         (copy / f"checkpoints/{step}/_CHECKPOINT_METADATA").write_text("{")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"holds no sound checkpoint.*damaged"):
+        with pytest.raises(UserError, match=r"has no sound checkpoint.*damaged"):
             resume(copy, state)
     assert sorted(p.name for p in (copy / "damaged").iterdir()) == ["3", "6"]
 

@@ -168,7 +168,10 @@ def test_a_configuration_survives_its_dict():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config=configs/none.py"], "--config=configs/none.py is no file; .* configs/demo.py"),
+        (
+            ["--config=configs/none.py"],
+            "--config=configs/none.py is not a file; .* configs/demo.py",
+        ),
         (["--config=configs/demo.py", "--config.train.batchsize=3"], 'batchsize.*"batch_size"'),
     ],
 )

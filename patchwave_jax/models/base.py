@@ -119,18 +119,10 @@ class ModelConfig:
         del context_samples, causal, rows, memory
         return Execution(shards=chosen.get("shards"))
 
-    def shares_rows(self, causal: bool) -> bool:
-        """Whether several devices can share a window."""
-        del causal
-        return False
-
-    def check_shards(self, count: int, context_samples: int, causal: bool) -> None:
-        """Raises `UserError` if `count` devices can't share a window evenly."""
+    def shared_axes(self, context_samples: int, causal: bool) -> dict[str, int]:
+        """What devices that share a window split evenly, by name; {}: they can't share one."""
         del context_samples, causal
-        raise UserError(
-            f"config.run.context_devices is {count}, but only windows of the patch model with "
-            "config.objective='dense' can be shared; set it to 1"
-        )
+        return {}
 
     def useful_flops(self, context_samples: int, causal: bool) -> float | None:
         """FLOPs of a training step on one row that can't be saved; None: not counted."""

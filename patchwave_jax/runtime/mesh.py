@@ -44,7 +44,18 @@ def context_shards(config: Config, mesh: Mesh) -> Shards | None:
     count = mesh.shape.get(AXIS, 1)
     if count == 1:
         return None
-    config.model.check_shards(count, config.context_samples, config.causal)
+    axes = config.model.shared_axes(config.context_samples, config.causal)
+    if not axes:
+        raise UserError(
+            f"config.run.context_devices is {count}, but only windows of the patch model with "
+            "config.objective='dense' can be shared; set it to 1"
+        )
+    for name, total in axes.items():
+        if total % count:
+            raise UserError(
+                f"config.run.context_devices {count} does not divide the {total} {name} of a row; "
+                "use a divisor of both"
+            )
     return Shards(count)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int64
 
-from patchwave_jax.errors import UserError, require
+from patchwave_jax.errors import require
 from patchwave_jax.models.base import Execution, Memory, Model, ModelConfig
 from patchwave_jax.models.patchwave import cost
 from patchwave_jax.models.predictors.adaptive import AdaptivePredictors
@@ -37,10 +37,10 @@ class PatchWaveConfig(ModelConfig):
     head: str = "softmax"  # 'softmax' or 'logistic_mixture'
     mixture_components: int = 8
     predictor_taps: int = 64  # samples the mixture's learned linear predictor sees
-    adaptive_taps: tuple[int, ...] = ()  # of the mixture's adaptive linear predictors; (): none
+    adaptive_taps: tuple[int, ...] = ()  # orders of the adaptive linear predictors; (): none
     adaptive_windows: tuple[int, ...] = ()  # samples each is fitted to
-    adaptive_block_samples: int = 100  # they are fitted anew every so many; divides the patch
-    denoiser_taps: int = 0  # of the filter against the codes' noise before them; 0: none
+    adaptive_block_samples: int = 100  # samples between refits; divides the patch
+    denoiser_taps: int = 0  # order of the denoiser in front of them; 0: none
     denoiser_window: int = 0  # samples it is fitted to
     conv_dropout: float = 0.2
     mlp_dropout: float = 0.2
@@ -114,19 +114,9 @@ class PatchWaveConfig(ModelConfig):
     ) -> Execution:
         return cost.execution(self, context_samples, causal, rows, memory, **chosen)
 
-    def shares_rows(self, causal: bool) -> bool:
-        return causal
-
-    def check_shards(self, count: int, context_samples: int, causal: bool) -> None:
-        if not self.shares_rows(causal):
-            super().check_shards(count, context_samples, causal)
-        patches = context_samples // self.patch_samples
-        for name, total in (("patches", patches), ("phases", self.patch_samples)):
-            if total % count:
-                raise UserError(
-                    f"config.run.context_devices {count} does not divide the {total} {name} of a "
-                    "row; use a divisor of it"
-                )
+    def shared_axes(self, context_samples: int, causal: bool) -> dict[str, int]:
+        axes = {"patches": context_samples // self.patch_samples, "phases": self.patch_samples}
+        return axes if causal else {}
 
     def useful_flops(self, context_samples: int, causal: bool) -> float:
         return sum(cost.useful_flops(self, context_samples, causal).values())

@@ -1,4 +1,4 @@
-"""Autoregressive models of the newest samples: closed-form least squares, block after block.
+"""Autoregressive models of recent samples by closed-form least squares, block by block.
 
 Dimensions: `B` batch, `W` samples of a window, `K` taps, `n` blocks.
 """
@@ -19,17 +19,17 @@ from patchwave_jax.models import fft
 RIDGE = 2e-7  # of the window's energy, for each tap
 FLOOR = 1e-9  # energy added for each sample, about the rounding noise of the finest mu-law bins
 FALL_SAMPLES = 32  # of the newest, where the window falls to zero
-BLOCKS_AT_ONCE = 256  # as many as a v5e holds in its vector memory; changes no result
-CPU_TAPS_AT_ONCE = 16_384  # as many as a CPU's caches hold
+BLOCKS_AT_ONCE = 256  # what a v5e's vector memory holds; changes no result
+CPU_TAPS_AT_ONCE = 16_384  # what a CPU's caches hold
 
 
 def fit(
     newest: Float32[Array, "B W"], taps: int
 ) -> tuple[Float32[Array, "B K"], Float32[Array, " B"]]:
-    """Least-squares linear prediction of what follows `newest`, by the tapered autocorrelation.
+    """Least-squares linear prediction of the next sample, from the tapered autocorrelation.
 
     Returns:
-      The coefficients, the newest sample's first, and the variance of the prediction error.
+      The coefficients, newest sample's first, and the variance of the prediction error.
     """
     samples, taper = newest.shape[1], _taper(newest.shape[1])
     size: Any = next_fast_len(samples + taps, real=True)  # its stub says None
@@ -44,24 +44,24 @@ def _solve(
 ) -> tuple[Float32[Array, "B K"], Float32[Array, " B"]]:
     """Solves the normal equations of linear prediction by Schur's recursion.
 
-    Levinson's takes each order's reflection coefficient from an inner product of the error filter
-    with the correlation. Here the products of both filters with the correlation at all later lags
-    are carried along instead (Le Roux and Gueguen 1977). The two arrays hold the filters' taps up
-    to the order so far, and these products behind it: both are raised to the next order by the same
-    sum. No sum runs over the taps, so a row's result does not depend, to the last
-    bit, on how many rows are solved together.
+    Levinson's recursion takes each order's reflection coefficient from an inner product of the
+    error filter and the correlation. Schur's keeps the products of both filters with the
+    correlation at all later lags instead (Le Roux and Gueguen 1977). The two arrays hold the
+    filters' taps up to the current order and these products behind them; one update raises both to
+    the next order. Nothing is summed over taps, so the bits of a row's result do not depend on how
+    many rows are solved together.
 
     Returns:
-      The coefficients, and the error's energy in units of the samples'.
+      The coefficients, and the error's energy over the samples' energy.
     """
     lags, index = correlation.shape[1], np.arange(correlation.shape[1])
-    products = correlation / correlation[:, :1]  # column 0: of order 0, the only tap, which is 1
+    products = correlation / correlation[:, :1]  # column 0: order 0, whose only tap is 1
     error = jnp.ones_like(products[:, :1])
 
     def raise_order(order, state):
         forward, backward, error = state
         reflection = -lax.dynamic_slice_in_dim(forward, order, 1, 1) / error
-        forward = jnp.where(index == order, 0.0, forward)  # from here on the new order's tap
+        forward = jnp.where(index == order, 0.0, forward)  # now the new order's tap
         shifted = jnp.pad(backward[:, :-1], ((0, 0), (1, 0)))
         return (
             forward + reflection * shifted,
@@ -75,19 +75,19 @@ def _solve(
 
 
 def _taper(samples: int) -> Float32[np.ndarray, " W"]:
-    """A slow rise and a quick fall: an asymmetric window, as backward-adaptive codecs have it."""
+    """A slow rise and a quick fall: the asymmetric window of backward-adaptive codecs."""
     rise = np.sin(np.pi / 2 * (np.arange(samples - FALL_SAMPLES) + 0.5) / (samples - FALL_SAMPLES))
     fall = np.cos(np.pi / 2 * (np.arange(FALL_SAMPLES) + 0.5) / FALL_SAMPLES)
     return np.concatenate([rise**2, fall]).astype(np.float32)
 
 
 def map_blocks(of_block: Callable[[Array], Any], starts: Array, taps: int) -> Any:
-    """`of_block` of each block's start, for a few at a time, each of which has `taps` in all."""
+    """`of_block` of each block's start, a few blocks at a time; each has `taps` in all."""
     count = starts.size
 
     def at_once(most: int, starts: Array) -> Any:
         turns = -(-count // most)
-        rows = -(-count // turns)  # as many in each turn, or the last would be another program
+        rows = -(-count // turns)  # the same in each turn, or the last would be another program
         padded = jnp.pad(starts, (0, turns * rows - count), mode="edge")
         made = lax.map(of_block, padded, batch_size=rows)
         return jax.tree.map(lambda x: x[:count], made)
