@@ -45,7 +45,7 @@ class Checkpoints:
     """The checkpoints of one working directory. A context manager that waits for saves on exit."""
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int | None = None):
-        """Opens `workdir` for training, which keeps the `keep` newest steps, or (None) for reading."""
+        """Opens `workdir` for training, keeping the `keep` newest steps, or (None) for reading."""
         self._in_bucket = is_url(workdir)
         self.directory = as_path(workdir) / "checkpoints"
         with self._names_bucket():
@@ -170,9 +170,7 @@ class Checkpoints:
             )
         metrics: Any = {c.step: c.metrics for c in self._checkpointer.checkpoints}[step]
         if not record.arrays:
-            logging.warning(
-                "%s/%s has no checksums: an older version wrote it", self.directory, step
-            )
+            logging.warning("%s/%s has no checksums: an older version's", self.directory, step)
         elif (metrics or {}).get(METRIC) != record.validation_nats:
             raise self._damaged(step, f"its metrics are {metrics}, not {record.validation_nats}")
         return record
@@ -290,7 +288,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _says_what_failed(self) -> Iterator[None]:
-        """Turns what orbax raises while it writes, here or in the background, into a `UserError`."""
+        """Turns what orbax raises while it writes, or in the background, into a `UserError`."""
         try:
             yield
         except Exception as error:

@@ -1,9 +1,10 @@
 """SampleRNN (Mehri et al. 2017) as SaShiMi's authors compare with it: 3 tiers, 35.03M parameters.
 
 A tier of frames of `n` samples reads the `n` samples before each frame (as numbers of up to +-2)
-and what the slower tier says of the frame, runs a GRU over the frames, and tells the next faster
-tier of each of its frames within. The fastest tier tells a perceptron of every sample, which also
-sees the embedded codes of the newest samples. Weights are normalised but for GRU and embedding.
+and a conditioning vector from the slower tier, runs a GRU over the frames, and conditions each
+frame of the next faster tier within. The fastest tier conditions a perceptron at every sample,
+which also reads the embedded codes of the newest samples. Weights are normalised except those of
+GRUs and of the embedding.
 
 A clip is read in segments: `segment` takes the state of the samples before, so that training stops
 gradients where segments meet (truncated backpropagation) and memory does not grow with the clip.
@@ -80,7 +81,7 @@ class SampleRNNConfig(ModelConfig):
 
 
 def loudness() -> Float32[np.ndarray, "256"]:
-    """What the tiers read of a code: twice its level of mu-law, at the lower edge of its bin.
+    """What the tiers read for each code: twice its mu-law level, at the lower edge of its bin.
 
     As in the published code, for every quantiser.
     """
@@ -89,9 +90,9 @@ def loudness() -> Float32[np.ndarray, "256"]:
 
 
 class WeightNorm(nnx.Module):
-    """A matrix whose directions and lengths are learned apart (Salimans and Kingma 2016).
+    """A matrix with separately learned directions and lengths (Salimans and Kingma 2016).
 
-    `scale` has one length for each place of the axis `kept`.
+    `scale` has one length for each index of the axis `kept`.
     """
 
     def __init__(self, shape: tuple[int, ...], kept: int, fan_in: int, *, rngs: nnx.Rngs):
@@ -130,7 +131,7 @@ class Tier(nnx.Module):
         self.upsampling_bias = nnx.Param(jnp.zeros((self.frames, width)))
 
     def prepare(self, dtype: Any) -> dict[str, Array]:
-        """The weights as they are computed with."""
+        """The weights in the form that is computed with."""
         weights = {
             "expand": self.expand(),
             "input": self.input_kernel[...],
@@ -149,10 +150,10 @@ class Tier(nnx.Module):
 def read_frames(
     weights: dict[str, Array],
     samples: Float32[Array, "B S n"],
-    told: Float[Array, "B S H"] | None,
+    conditioning: Float[Array, "B S H"] | None,
     hidden: Float32[Array, "B H"],
 ) -> tuple[Float32[Array, "B H"], Float32[Array, "B S k H"]]:
-    """A tier over `S` frames: its state after them, and what it tells the next faster one."""
+    """A tier over `S` frames: its state after them, and conditioning for the next faster tier."""
     dtype = weights["input"].dtype
 
     def product(x: Array, name: str) -> Array:
@@ -160,8 +161,8 @@ def read_frames(
         return jnp.tensordot(x.astype(dtype), kernel, 1, preferred_element_type=jnp.float32)
 
     inputs = product(samples, "expand") + weights["expand_bias"]
-    if told is not None:
-        inputs = inputs + told
+    if conditioning is not None:
+        inputs = inputs + conditioning
     gates = product(inputs, "input") + weights["input_bias"]
 
     def advance(hidden: Array, gates: Array) -> tuple[Array, Array]:
@@ -172,22 +173,22 @@ def read_frames(
         return hidden, hidden
 
     hidden, states = lax.scan(advance, hidden, gates.swapaxes(0, 1))
-    told = product(states.swapaxes(0, 1), "upsampling") + weights["upsampling_bias"]
-    return hidden, told
+    conditioning = product(states.swapaxes(0, 1), "upsampling") + weights["upsampling_bias"]
+    return hidden, conditioning
 
 
 class Carry(NamedTuple):
-    """What is known of `B` streams where a segment begins."""
+    """State of `B` streams where a segment begins."""
 
     codes: UInt8[Array, "B L"]  # the newest samples
-    hidden: list[Float32[Array, "B H"]]  # of the tiers, the fastest first
+    hidden: list[Float32[Array, "B H"]]  # of the tiers, fastest first
 
 
 class State(NamedTuple):
-    """What is known of `B` streams before a sample."""
+    """State of `B` streams before a sample."""
 
     carry: Carry
-    told: list[Float32[Array, "B k H"]]  # what each tier said of its present frame
+    conditioning: list[Float32[Array, "B k H"]]  # from each tier, for its current frame
 
 
 class SampleRNN(Baseline):
@@ -206,9 +207,9 @@ class SampleRNN(Baseline):
         self.output_bias = nnx.Param(jnp.zeros(NUM_CODES))
 
     def prepare(self) -> dict[str, Any]:
-        """All weights as they are computed with, made once where steps run in a loop.
+        """The weights in the form that is computed with.
 
-        The perceptron's first layer becomes a table: what a code adds, at each place.
+        The perceptron's first layer becomes a table of what each code adds at each place.
         """
         dtype = jnp.dtype(self.config.compute_dtype)
         embedding = self.embedding.embedding[...].astype(dtype)
@@ -223,7 +224,7 @@ class SampleRNN(Baseline):
         }
 
     def init_carry(self, batch: int) -> Carry:
-        """Where a clip begins: silence, and the learned states."""
+        """The beginning of a clip: silence, and the learned states."""
         codes = jnp.full((batch, self.config.lookback), SILENCE, jnp.uint8)
         wide = (batch, self.config.width)
         return Carry(codes, [jnp.broadcast_to(tier.initial[...], wide) for tier in self.tiers])
@@ -243,7 +244,7 @@ class SampleRNN(Baseline):
     def window_logits(
         self, codes: UInt8[Array, "B T"], key: Key = None
     ) -> Float32[Array, "B T 256"]:
-        """Logits of every sample of clips that begin here; `T` is a number of whole frames."""
+        """Logits of every sample of clips that begin here; `T` is a multiple of the frames."""
         return self.segment(self.prepare(), codes, self.init_carry(codes.shape[0]))[0]
 
     def _read(self, segment: UInt8[Array, "B S"], last_n: int, of: Callable[..., Array]) -> Array:
@@ -262,30 +263,30 @@ class SampleRNN(Baseline):
     def segment(
         self, prepared: dict[str, Any], codes: UInt8[Array, "B T"], carry: Carry
     ) -> tuple[Float32[Array, "B T 256"], Carry]:
-        """Logits of samples that follow those of `carry`, and what is to follow these."""
+        """Logits of samples that follow those of `carry`, and the carry after them."""
         batch, count = codes.shape
         known, lookback = jnp.concatenate([carry.codes, codes], 1), self.config.lookback
-        heard, told, hidden = jnp.asarray(loudness())[known], None, []
+        amplitudes, conditioning, hidden = jnp.asarray(loudness())[known], None, []
         for samples, weights, before in reversed(
             list(zip(self.config.frame_samples, prepared["tiers"], carry.hidden, strict=True))
         ):
-            frames = heard[:, lookback - samples : lookback - samples + count]
+            frames = amplitudes[:, lookback - samples : lookback - samples + count]
             frames = frames.reshape(batch, count // samples, samples)
-            after, told = read_frames(weights, frames, told, before)
-            told = told.reshape(batch, -1, self.config.width)
+            after, conditioning = read_frames(weights, frames, conditioning, before)
+            conditioning = conditioning.reshape(batch, -1, self.config.width)
             hidden.insert(0, after)
         newest = self.config.frame_sizes[0]
         begins = range(lookback - newest, lookback)
         recent = jnp.stack([known[:, begin : begin + count] for begin in begins], -1)
-        return self._perceptron(prepared, recent, told), Carry(known[:, -lookback:], hidden)
+        return self._perceptron(prepared, recent, conditioning), Carry(known[:, -lookback:], hidden)
 
     def _perceptron(
-        self, prepared: dict[str, Any], recent: UInt8[Array, "*shape n"], told: Any
+        self, prepared: dict[str, Any], recent: UInt8[Array, "*shape n"], conditioning: Any
     ) -> Float32[Array, "*shape 256"]:
-        """Logits from the newest codes, the oldest first, and what the fastest tier says."""
+        """Logits from the newest codes, oldest first, and the fastest tier's conditioning."""
         table = prepared["table"]
         seen = sum(table[i][recent[..., i]].astype(jnp.float32) for i in range(recent.shape[-1]))
-        x = jax.nn.relu(seen + told)
+        x = jax.nn.relu(seen + conditioning)
         for name in ("hidden", "output"):
             kernel = prepared[name]
             x = jnp.dot(x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
@@ -297,34 +298,36 @@ class SampleRNN(Baseline):
 
     def init_state(self, batch: int, context_samples: int) -> State:
         frames = self.config.frame_sizes
-        told = [jnp.zeros((batch, count, self.config.width)) for count in frames]
-        return State(self.init_carry(batch), told)
+        conditioning = [jnp.zeros((batch, count, self.config.width)) for count in frames]
+        return State(self.init_carry(batch), conditioning)
 
     def step_logits(
         self, prepared: dict[str, Any], state: State, code: UInt8[Array, " B"], position: Array,
         start: Array,
     ) -> tuple[State, Float32[Array, "B 256"]]:  # fmt: skip
-        """A tier takes its turn where one of its frames begins."""
-        (codes, hidden), told = state.carry, list(state.told)
+        """As the contract says. A tier runs where one of its frames begins."""
+        (codes, hidden), conditioning = state.carry, list(state.conditioning)
         hidden, lookback = list(hidden), self.config.lookback
         codes = jnp.concatenate([codes[:, 1:], code[:, None]], 1)
-        heard, slower = jnp.asarray(loudness())[codes], None
-        for i in reversed(range(len(told))):
+        amplitudes, slower = jnp.asarray(loudness())[codes], None
+        for i in reversed(range(len(conditioning))):
             samples, weights = self.config.frame_samples[i], prepared["tiers"][i]
 
-            def turn(samples=samples, weights=weights, i=i, slower=slower):
-                frames = heard[:, None, lookback - samples :]
+            def run(samples=samples, weights=weights, i=i, slower=slower):
+                frames = amplitudes[:, None, lookback - samples :]
                 above = None if slower is None else slower[:, None]
-                after, said = read_frames(weights, frames, above, hidden[i])
-                return after, said[:, 0]
+                after, given = read_frames(weights, frames, above, hidden[i])
+                return after, given[:, 0]
 
             def wait(i=i):
-                return hidden[i], told[i]
+                return hidden[i], conditioning[i]
 
-            hidden[i], told[i] = lax.cond(position % samples == 0, turn, wait)
-            each = samples // self.config.frame_sizes[i]  # samples that one thing told is of
+            hidden[i], conditioning[i] = lax.cond(position % samples == 0, run, wait)
+            each = (
+                samples // self.config.frame_sizes[i]
+            )  # samples that one thing conditioning is of
             slower = lax.dynamic_index_in_dim(
-                told[i], position % samples // each, 1, keepdims=False
+                conditioning[i], position % samples // each, 1, keepdims=False
             )
         recent = codes[:, lookback - self.config.frame_sizes[0] :]
-        return State(Carry(codes, hidden), told), self._perceptron(prepared, recent, slower)
+        return State(Carry(codes, hidden), conditioning), self._perceptron(prepared, recent, slower)

@@ -1,8 +1,8 @@
 """SaShiMi (Goel, Gu, Donahue & Re, "It's Raw! Audio Generation with State-Space Models", 2022).
 
 A stack of residual S4 and feed-forward blocks at several resolutions. Each level hands its input,
-pooled, to the level below, adds what comes back (from whole pooling periods of the past only: so
-all stays causal) and runs its blocks. The defaults are the model of the published YouTube-Mix
+pooled, to the level below, adds the result (of whole past pooling periods only, which keeps it
+causal) and runs its blocks. The defaults are the model of the published YouTube-Mix
 rows; the authors' public configuration of today also has `glu=True`.
 
 Parameters: 3,144,832 with 6 layers and 4,072,448 with 8, as many as the public code has without
@@ -30,7 +30,7 @@ from patchwave_jax.models import s4
 from patchwave_jax.models.base import Baseline, Execution, ModelConfig
 from patchwave_jax.models.layers import Key, split
 
-# For the backward pass besides each layer's input; all else is computed again.
+# Kept for the backward pass besides each layer's input; the rest is recomputed.
 KEPT = jax.checkpoint_policies.save_only_these_names("kernel")
 S4_LEARNING_RATE = 1e-3  # as published, beside 0.004 for all others
 S4_PARAMETERS = ("log_dt", "log_decay", "frequency", "P", "B")
@@ -76,7 +76,7 @@ class SaShiMiConfig(ModelConfig):
 
 
 class Prepared(NamedTuple):
-    """What generation computes from a level's parameters once: all its blocks', stacked."""
+    """What generation computes once from a level's parameters: those of all blocks, stacked."""
 
     blocks: Any
     recurrence: s4.Recurrence
@@ -84,11 +84,11 @@ class Prepared(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a level remembers of the samples before."""
+    """State of a level and those below it."""
 
     x: Complex[Array, "layers B D n"]  # the S4 states
     period: Float[Array, "B D s"] | None  # inputs of this pooling period
-    above: Float[Array, "B D s"] | None  # what the level below says of it
+    above: Float[Array, "B D s"] | None  # output of the level below for it
     lower: "State | None"
 
 
@@ -163,7 +163,7 @@ class Level(nnx.Module):
             batch, samples, width = x.shape
             periods = jnp.swapaxes(x.reshape(batch, -1, self.pool, width), 2, 3)
             above = self._above(self.lower(self._below(periods), keys[0]))
-            # Whole periods of the past: what is known of a period is known from its end on.
+            # Whole past periods only: a period's output is known from its end on.
             above = jnp.pad(above[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
             x = x + jnp.swapaxes(above, 2, 3).reshape(batch, samples, width)
 
@@ -261,7 +261,7 @@ class Block(nnx.Module):
         return state, self._rest(x, y)
 
     def _rest(self, x: Array, y: Array, key: Key = None) -> Array:
-        """What follows S4's output `y`, and is the same for one sample as for many."""
+        """What follows S4's output `y`, for one sample or many."""
         keys = split(key, 2)
         y = self.mix(jax.nn.gelu(y, approximate=False))
         y = jax.nn.glu(y) if self.glu else y
@@ -271,9 +271,9 @@ class Block(nnx.Module):
 
 
 def s4_parameters(params: Any) -> Any:
-    """True for the parameters with a learning rate of their own and no weight decay.
+    """True for the parameters with their own learning rate and no weight decay.
 
-    As published: dt, A (Lambda and P) and B of every S4 layer; C and D are like all others.
+    As published: dt, A (Lambda and P) and B of every S4 layer; C and D are like the others.
     """
 
     def is_one(path: tuple[Any, ...], _: Array) -> bool:
