@@ -325,7 +325,7 @@ class SampleRNN(Baseline):
             hidden[i], conditioning[i] = lax.cond(position % samples == 0, run, wait)
             each = (
                 samples // self.config.frame_sizes[i]
-            )  # samples that one thing conditioning is of
+            )  # samples for each vector
             slower = lax.dynamic_index_in_dim(
                 conditioning[i], position % samples // each, 1, keepdims=False
             )
