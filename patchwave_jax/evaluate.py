@@ -10,8 +10,8 @@ quantiser (--config.data.quantiser=sashimi) with 131,072 samples of context or a
     python -m patchwave_jax.evaluate --workdir=DIR --split=test --quantiser=sashimi \\
         --clip_samples=131072 --drop_last
 
-What context is worth, of one or several runs in one figure, each from the start of every clip
-up to its own context, on the same targets:
+The value of context, for one or several runs in one figure, each from the start of every clip up
+to its own context, on the same targets:
 
     python -m patchwave_jax.evaluate --workdir=A --workdir=B --clip_samples=LONGEST_CONTEXT \\
         --plot=context.png
@@ -47,17 +47,17 @@ def open_splits(config: Config, data_dir: str | None, name: str) -> tuple[Split,
 
 
 def check_quantiser(asked: str | None, config: Config, workdir: str) -> None:
-    """Raises `UserError` if codes of another quantiser are asked for than the model knows."""
+    """Raises `UserError` if another quantiser is asked for than the model was trained on."""
     if asked is not None and asked != config.data.quantiser:
         raise UserError(
             f"--quantiser={asked}, but {workdir} was trained on {config.data.quantiser}: its codes "
-            "mean other levels, so its numbers on them would mean nothing. Leave the flag out, or "
+            "stand for other levels, so numbers on them would be meaningless. Omit the flag, or "
             f"train with --config.data.quantiser={asked}"
         )
 
 
 def as_json(result: measure.Result, nll: NllAccumulator) -> dict[str, Any]:
-    """The result and all tables, as JSON holds them."""
+    """The result and all tables in JSON types."""
     tables = {
         "context": nll.by_context,
         "position": nll.by_position,
@@ -76,7 +76,7 @@ def as_json(result: measure.Result, nll: NllAccumulator) -> dict[str, Any]:
 
 
 def tables(nll: NllAccumulator) -> str:
-    """The model and the classical baselines, in bits: over all, by context, and per source file."""
+    """Bits of the model and the baselines: over all, by context, and per source file."""
     names = nll.names
     heads = "".join(f"{name:>{_wide(name)}}" for name in names)
     lines = [f"{'bits per sample':<30}{'targets':>12}{heads}"]
@@ -102,7 +102,7 @@ def _wide(name: str) -> int:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    """Parses the command line, measures, prints, and writes what was asked for."""
+    """Parses the command line, measures, prints and writes results."""
     parser = argparse.ArgumentParser(
         "python -m patchwave_jax.evaluate",
         description=__doc__,
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--quantiser", help="fail unless the model was trained on this one")
     parser.add_argument(
-        "--max_targets", type=int, default=0, help="about so many, spread evenly; 0: all"
+        "--max_targets", type=int, default=0, help="about this many targets, spread evenly; 0: all"
     )
     parser.add_argument(
         "--classical",
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure_workdir(
     workdir: str, args: argparse.Namespace
 ) -> tuple[measure.Result, NllAccumulator, dict[str, Any]]:
-    """Measures one run as the flags ask: the result, its tables, and what it is of."""
+    """Measures one run: the result, its tables, and what they are of."""
     evaluator, params, step = load(workdir, args.step)
     config = evaluator.config
     check_quantiser(args.quantiser, config, workdir)
@@ -176,7 +176,7 @@ def measure_workdir(
         max_targets=args.max_targets,
     )
     fitted = None
-    if args.classical:  # first: where they can't be kept, nothing is measured in vain
+    if args.classical:  # first, so that nothing is measured if they can't be stored
         with Workdir(workdir) as files:
             fitted = classical_cache.fitted(files.folder, train_split, config.data.quantiser)
     nll = measure.measure(evaluator, params, targets)

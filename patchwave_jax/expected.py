@@ -1,10 +1,10 @@
-"""What to expect: validation bits after so many steps, from runs that were done before.
+"""Recorded runs: the validation bits to expect after each number of steps.
 
-    python -m patchwave_jax.expected                             # the tables of all records
-    python -m patchwave_jax.expected --workdir=DIR --name=demo   # a run becomes a record
+    python -m patchwave_jax.expected                             # tables of all records
+    python -m patchwave_jax.expected --workdir=DIR --name=demo   # records a run
 
-Records come with the package, in `expected_runs/NAME.json`. A run is compared with a record if
-what is learned from what is the same: the network, the recipe, the data and its manifest.
+Records are part of the package, in `expected_runs/NAME.json`. A run is compared with a record if
+network, recipe, data and manifest are the same.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from patchwave_jax.runtime.workdir import Workdir
 
 FOLDER = "expected_runs"
 ROWS = 8  # of the table for each run, at most
-TOLERANCE_BITS = 0.05  # two runs of one recipe on different machines differ by less
+TOLERANCE_BITS = 0.05  # runs of one recipe on different machines differ by less
 
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """One run: its validations, in order."""
+    """A recorded run with its validations in order."""
 
     name: str
     hardware: str
@@ -46,14 +46,14 @@ class Expected:
     quantiser: str
 
     def at(self, step: int) -> float | None:
-        """Bits after `step`, between two validations on the line through them."""
+        """Bits after `step`, interpolated linearly between validations."""
         if not self.steps[0] <= step <= self.steps[-1]:
             return None
         return float(np.interp(step, self.steps, self.validation_bits))
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """What decides the loss curve: everything but places and pace."""
+    """All of a configuration that determines the loss curve."""
     tree = json.loads(json.dumps(dataclasses.asdict(config)))
     del tree["run"], tree["data"]["data_dir"], tree["train"]["micro_batch_size"]
     return tree
@@ -66,13 +66,13 @@ def history(folder: Path) -> dict[str, list[dict[str, Any]]]:
         try:
             row = json.loads(line)
             rows.setdefault(row["kind"], []).append(row)
-        except (ValueError, KeyError):  # cut short by a kill
+        except (ValueError, KeyError):  # truncated by a kill
             continue
     return rows
 
 
 def this_machine() -> str:
-    """What JAX computes on here."""
+    """The devices that JAX uses here."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return f"{os.cpu_count()} CPU cores"
@@ -132,7 +132,7 @@ def matching(
 
 
 def compare(expected: Expected, step: int, bits: float) -> str | None:
-    """How a validation after `step` compares, in one sentence; None where nothing is known."""
+    """One sentence that compares a validation with the record; None if it has no such step."""
     known = expected.at(step)
     if known is None:
         return None
@@ -147,7 +147,7 @@ def compare(expected: Expected, step: int, bits: float) -> str | None:
 
 
 def table(expected: Expected) -> str:
-    """Markdown: validation bits after steps and minutes, and all that they depend on."""
+    """Markdown: validation bits by step and minutes, and all that they depend on."""
     config, count = expected.config, len(expected.steps)
     lines = [
         f"**{expected.name}**: {config['data']['dataset']}, objective {config['objective']}, "
@@ -168,14 +168,14 @@ def table(expected: Expected) -> str:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    """Makes a record, or prints the table of those there are."""
+    """Records a run, or prints the tables of all records."""
     parser = argparse.ArgumentParser(
         "python -m patchwave_jax.expected",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", help="a finished run to make a record of")
-    parser.add_argument("--name", help="what to call it")
+    parser.add_argument("--workdir", help="a finished run to record")
+    parser.add_argument("--name", help="name of the record")
     parser.add_argument("--hardware", help="what it was trained on; default: this machine")
     parser.add_argument("--out", type=Path, help="folder of records; default: the package's")
     parser.add_argument("--overwrite", action="store_true", help="replace a record")

@@ -1,4 +1,4 @@
-"""Audio from a trained model, as long as asked for, continued from a prompt or from silence.
+"""Generates audio from a trained model, of any length, from a prompt or from silence.
 
     python -m patchwave_jax.generate --workdir=DIR --seconds=10 --num=4 --out=DIR
     python -m patchwave_jax.generate --workdir=DIR --prompt=my.wav --prompt_seconds=4 \\
@@ -6,10 +6,10 @@
     python -m patchwave_jax.generate --out=DIR --resume
     python -m patchwave_jax.generate --workdir=DIR --check
 
-The WAV files can be played while they grow. Ctrl-C and SIGTERM leave them whole, and `--resume`
-goes on as if nothing had happened. The same seed gives the same audio on the same machine; clip
-number i draws from its own stream of random numbers, whatever the other clips are. (With another
-`--num` the matrix products round differently, which now and then turns a draw.)
+The WAV files can be played while they grow. Ctrl-C and SIGTERM leave them valid, and `--resume`
+continues to the same audio as without the stop. The same seed gives the same audio on the same
+machine; clip i draws from its own stream of random numbers, whatever the other clips are. (With
+another `--num` matrix products round differently, which occasionally changes a draw.)
 """
 
 import argparse
@@ -45,7 +45,7 @@ REPORT_SECONDS = 10.0  # between lines of progress
 def start(
     settings: Settings, out: Path, evaluator: Evaluator, params: Any, step: int
 ) -> tuple[Sampler, Outputs]:
-    """A sampler and files at the end of the prompts."""
+    """A sampler primed with the prompts, and files that hold them."""
     config = evaluator.config
     prompts = read_prompts(settings, config)
     codes = encode(prompts, config.data.quantiser)
@@ -68,8 +68,8 @@ def start(
 
 
 def make_mesh(num: int) -> Mesh:
-    """Devices of this process for `num` streams; on a CPU, cores."""
-    with contextlib.suppress(RuntimeError):  # JAX runs already, with the devices that it has
+    """A mesh of this process' devices for `num` streams; on a CPU, of cores."""
+    with contextlib.suppress(RuntimeError):  # JAX is already initialised
         if jax.config.jax_num_cpu_devices < 1:  # pyright: ignore
             jax.config.update("jax_num_cpu_devices", min(num, os.cpu_count() or 1))
     devices, kinds = jax.local_devices()[:num], (AxisType.Auto,)
@@ -82,13 +82,13 @@ def make_sampler(settings: Settings, evaluator: Evaluator, params: Any) -> Sampl
         params,
         evaluator.mesh,
         num=settings.num,
-        sampling=settings.knobs(),
+        sampling=settings.sampling(),
         stride_patches=settings.stride_patches,
     )
 
 
 def resume(sampler: Sampler, outputs: Outputs, stopping: Callable[[], bool]) -> None:
-    """Brings a sampler where the files end, by the computations that made them."""
+    """Brings a sampler to the end of the files by repeating the computations that made them."""
     end = outputs.made
     at = sampler.rewind(end, outputs.record["prompt_samples"])
     sampler.prime(outputs.codes(max(0, at - sampler.lookback), at), at)
@@ -101,12 +101,12 @@ def resume(sampler: Sampler, outputs: Outputs, stopping: Callable[[], bool]) -> 
 
 
 def generate(sampler: Sampler, outputs: Outputs, total: int, stopping: Callable[[], bool]) -> None:
-    """Goes on to `total` samples a clip, or until it is to stop."""
+    """Generates up to `total` samples per clip, or until `stopping`."""
     begin = reported = time.monotonic()
     first, compiled = sampler.position, False
     while sampler.position < total and not stopping():
         outputs.append(*sampler.run(total - sampler.position))
-        if not compiled:  # from here on it is the rate of sampling
+        if not compiled:  # without compilation from here on
             begin, first, compiled = time.monotonic(), sampler.position, True
         elif (now := time.monotonic()) - reported > REPORT_SECONDS:
             reported = now
@@ -119,7 +119,7 @@ def generate(sampler: Sampler, outputs: Outputs, total: int, stopping: Callable[
 
 
 def report(outputs: Outputs) -> str:
-    """Where the clips are and what the model thinks of them."""
+    """The clips, with their bits per generated sample."""
     lines = []
     for clip in range(len(outputs.record["clips"])):
         bits = outputs.describe(clip)["bits_per_sample"]
@@ -129,7 +129,7 @@ def report(outputs: Outputs) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags; those of `Settings` only where they were given."""
+    """The flags; those of `Settings` only if they were given."""
     parser = argparse.ArgumentParser(
         "python -m patchwave_jax.generate",
         description=__doc__,
@@ -142,20 +142,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="", help="where the clips go; a new or empty directory")
     add("--num", type=int, help="clips; default: 1, or one per --prompt; prompts take turns")
     add("--seconds", type=float, help="to generate, after the prompt (default: 10)")
-    add("--seed", type=int, help="of the random numbers (default: 0)")
-    add("--temperature", type=float, help="of the distribution; 0: the likeliest (default: 1)")
+    add("--seed", type=int, help="seed of the random numbers (default: 0)")
+    add(
+        "--temperature",
+        type=float,
+        help="temperature of the distribution; 0: the likeliest code (default: 1)",
+    )
     add("--top_k", type=int, help="draw from the k likeliest codes; 0: all (default)")
-    add("--top_p", type=float, help="draw from the likeliest codes of this probability in all")
+    add("--top_p", type=float, help="draw from the likeliest codes with this total probability")
     add("--prompt", nargs="+", help="audio files to continue")
-    add("--prompt_seconds", type=float, help="the first so many of each prompt (default: all)")
-    add("--prompt_split", help="continue --num stretches spread over this split of the data")
+    add("--prompt_seconds", type=float, help="seconds to use of each prompt (default: all)")
+    add("--prompt_split", help="continue --num excerpts spread over this split of the data")
     add("--data_dir", help="where the dataset is; default: as in training")
     add(
         "--stride_patches", type=int, help="patches the full context slides by; default: evaluate's"
     )
     add("--plots", action="store_true", default=False, help="also draw each clip, as NNN.png")
-    add("--resume", action="store_true", default=False, help="go on with the clips of --out")
-    add("--check", action="store_true", default=False, help="compare with the evaluation and exit")
+    add("--resume", action="store_true", default=False, help="continue the clips in --out")
+    add("--check", action="store_true", default=False, help="compare with the evaluation, and exit")
     return parser.parse_args(argv)
 
 
@@ -166,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     if not out and not checking:
         raise UserError("--out is missing: where to put the clips")
     if is_url(out):
-        raise UserError(f"--out={out} must be a folder: clips grow as they are made")
+        raise UserError(f"--out={out} must be a local folder: clips grow as they are made")
     outputs = Outputs.resume(Path(out)) if resuming else None
     if outputs:
         settings, step = resumed_settings(outputs, args), outputs.record["shared"]["step"]
@@ -178,12 +182,12 @@ def main(argv: list[str] | None = None) -> None:
     settings.check()
     evaluator, params, step = load(settings.workdir, step, make_mesh(settings.num))
     if not distributed.is_first():
-        return  # all processes read the checkpoint, the first makes the clips
+        return  # all processes read the checkpoint, the first generates
     if checking:
         sys.exit(0 if run_check(settings, evaluator, params) else 1)
     with stop_requested() as stopping:
         if outputs:
-            print(f"going on from {outputs.made / SAMPLE_RATE:g} seconds", flush=True)
+            print(f"resuming from {outputs.made / SAMPLE_RATE:g} seconds", flush=True)
             sampler = make_sampler(settings, evaluator, params)
             resume(sampler, outputs, stopping)
         else:
@@ -199,19 +203,19 @@ def main(argv: list[str] | None = None) -> None:
     print(report(outputs), flush=True)
     if outputs.made < total:
         print(
-            "stopped by a signal; the files are whole. Go on with:\n"
+            "stopped by a signal; the files are valid. Continue with:\n"
             f"  python -m patchwave_jax.generate --out={out} --resume",
             flush=True,
         )
 
 
 def resumed_settings(outputs: Outputs, given: dict[str, Any]) -> Settings:
-    """The run's own settings; only `--seconds` may be another."""
+    """The run's own settings; only `--seconds` may change."""
     own = outputs.record["settings"]
     for name, value in given.items():
         if name != "seconds" and value != own[name]:
             raise UserError(
-                f"--resume goes on with --{name}={own[name]}, got {value}; leave it out"
+                f"--resume continues with --{name}={own[name]}, got {value}; omit the flag"
             )
     outputs.record["settings"] = own = own | given
     return Settings(**own)

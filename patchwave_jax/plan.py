@@ -1,8 +1,8 @@
-"""What a training step needs and takes on a machine that isn't there.
+"""What a training step needs on a machine that isn't here, and how fast it can be.
 
     python -m patchwave_jax.plan --config=configs/ctx1m.py:dense --topology=v5e:4x4
 
-compiles the programs of the very step that `train` runs for the machine's devices and reads off
+compiles the programs of the step that `train` runs for the machine's devices and reads off
 what they need. Every field of the configuration can be set as for `train`. Every number is of one
 device and of one optimizer step, unless it says otherwise. Times are what the chip's public peaks
 allow at best (`patchwave_jax/planning/hardware.py`): no step will be faster, and real ones are
@@ -41,14 +41,14 @@ MOST_ROWS = 4096  # that `--fit` tries
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one step needs and takes."""
+    """What one step needs, and its lower bounds."""
 
     config: str
     topology: str
     devices: int
     mesh: dict[str, int]
     batch_size: int
-    rows_at_once: int  # on each device, or each group of them that shares rows
+    rows_at_once: int  # on each device, or group of devices that shares rows
     phase_chunk: int | None
     encode_chunk_patches: int | None
     targets_per_step: int
@@ -66,11 +66,11 @@ class Plan:
 
 
 def plan(config: Config, topology: str, name: str = "") -> Plan:
-    """Compiles `config`'s step for `topology` and counts.
+    """Compiles the step of `config` for `topology` and counts its costs.
 
     Raises:
       DoesNotFitError: if a device has too little memory.
-      UserError: if there is no such machine, its compiler is missing, or the batch can't be split.
+      UserError: if the machine is unknown, its compiler is missing, or the batch can't be split.
     """
     chip, devices = hardware.machine(topology)
     step = make_step(config, make_mesh(config.run.context_devices, devices))
@@ -115,12 +115,12 @@ def plan(config: Config, topology: str, name: str = "") -> Plan:
 def fit(
     config: Config, topology: str, name: str, say: Callable[[str], None]
 ) -> tuple[Config, Plan]:
-    """The largest batch that devices can compute at once, by bisection, and its plan.
+    """The largest batch that the devices can compute at once, by bisection, and its plan.
 
-    A step may always have a larger batch, in micro-batches of that size.
+    A step may have a larger batch, in micro-batches of that size.
 
     Raises:
-      DoesNotFitError: if a single row for each is too much.
+      DoesNotFitError: if one row per device is too much.
     """
     groups = len(hardware.machine(topology)[1]) // config.run.context_devices
 
@@ -146,7 +146,7 @@ def fit(
 
 
 def remedy(config: Config) -> str:
-    """What to try where memory is short."""
+    """What to try when memory is too small."""
     tries = []
     if config.train.micro_batch_size != 1:
         tries.append("--config.train.micro_batch_size=1")
@@ -159,7 +159,7 @@ def remedy(config: Config) -> str:
 
 
 def table(found: Plan) -> str:
-    """For people."""
+    """The plan as text."""
 
     def gib(size: float) -> str:
         return f"{size / GIB:.2f}"
@@ -187,7 +187,9 @@ def table(found: Plan) -> str:
             f"between {c['group']} devices"
         )
     if loops := sum(p.counts.unknown_loops for p in found.programs):
-        lines.append(f"{loops} loops of unknown length count once: it is more than that")
+        lines.append(
+            f"{loops} loops of unknown length are counted once: the true numbers are higher"
+        )
     compiled = ", ".join(f"{p.name} {p.compile_seconds} s" for p in found.programs)
     lines.append(f"compiled here in: {compiled}")
     if found.seconds and chip:
@@ -221,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output(args.json, args.overwrite)
     given = [f"--config={args.config}"] if args.config else []
     config = parse([sys.argv[0], *given, *rest], __doc__).config
-    jax.config.update("jax_platforms", "cpu")  # no device here is wanted, only compilers
+    jax.config.update("jax_platforms", "cpu")  # no device here is used, only compilers
     name = " ".join([str(args.config), *(x.removeprefix("--config.") for x in rest)])
     try:
         if args.fit:

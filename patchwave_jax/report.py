@@ -57,9 +57,9 @@ def file_rows(nll: NllAccumulator) -> list[dict[str, Any]]:
 
 def calibration_words(calibration: Calibration) -> str:
     return (
-        f"Over {calibration.targets:,} samples, the likeliest code was given "
-        f"{calibration.top_stated:.1%} on average and came {calibration.top_right:.1%} of the "
-        f"time; {calibration.error:.2%} of the probability lies where it should not."
+        f"Over {calibration.targets:,} samples, the likeliest code had a probability of "
+        f"{calibration.top_stated:.1%} on average and occurred {calibration.top_right:.1%} of the "
+        f"time; {calibration.error:.2%} of the probability is misplaced."
     )
 
 
@@ -132,8 +132,10 @@ def page(
         interval_over=result.interval_over,
         calibration_words=calibration_words(calibration),
         calibration=[
-            picture(figures.reliability(calibration), "How often a code comes"),
-            picture(figures.probability_histogram(calibration), "Probability of what came"),
+            picture(figures.reliability(calibration), "How often a code occurs"),
+            picture(
+                figures.probability_histogram(calibration), "Probability of the code that occurred"
+            ),
         ],
         excerpts=list(excerpts(evaluator, params, targets)),
         generated=generated(folder, generated_dir),
@@ -147,7 +149,7 @@ def page(
 def expectation(
     config: Config, manifest_hash: str, rows: Mapping[str, list[dict[str, Any]]]
 ) -> str | None:
-    """How the newest validation compares with a known run of the same configuration and data."""
+    """Compares the newest validation with the record of the same configuration and data."""
     known = expected.matching(config, manifest_hash)
     if known is None or not rows.get("validation"):
         return None
@@ -187,7 +189,7 @@ def cards(
 
 
 def commands(workdir: str | os.PathLike[str]) -> list[str]:
-    """What leads to these numbers, and on from here."""
+    """The commands that led to these numbers, and the next ones."""
     return [
         f"python -m patchwave_jax.train --config=CONFIG.py --workdir={workdir}",
         f"python -m patchwave_jax.evaluate --workdir={workdir} --split=test --classical",
@@ -227,17 +229,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="checkpoint; default: the best on validation")
     parser.add_argument("--stride_patches", type=int, help="as for evaluate")
     parser.add_argument(
-        "--max_targets", type=int, default=1_000_000, help="about so many, spread evenly; 0: all"
+        "--max_targets",
+        type=int,
+        default=1_000_000,
+        help="about this many targets, spread evenly; 0: all",
     )
     parser.add_argument("--generated", type=Path, metavar="DIR", help="where generated clips are")
     parser.add_argument("--data_dir", help="where the dataset is; default: as in training")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     args = parser.parse_args(argv)
     if args.generated and not args.generated.is_dir():
-        raise UserError(f"--generated={args.generated} is no folder")
+        raise UserError(f"--generated={args.generated} is not a folder")
     with Workdir(args.workdir) as files:
         out = args.out or files.folder / "report.html"
-        if files.folder.is_dir():  # otherwise there are no checkpoints, which is said below
+        if files.folder.is_dir():  # otherwise `load` reports that there are no checkpoints
             check_output(out, args.overwrite)
         html = page(
             args.workdir,

@@ -1,7 +1,7 @@
 """Bits per sample of any audio: `python -m patchwave_jax.score --workdir=DIR FILE...`.
 
-Files are read in blocks and scored as they come, so memory does not grow with their length.
-What isn't 16 kHz mono is converted, and its line says so. `--npz=DIR` also writes, per file,
+Files are read and scored in blocks, so memory does not grow with their length. Audio other than
+16 kHz mono is converted, and the output says so. `--npz=DIR` also writes, per file,
 
     log_probs  float32 [T], nats, of every sample at 16 kHz
     codes      uint8 [T], what the model saw
@@ -39,7 +39,7 @@ COPY_BYTES = 1 << 24
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What was found of one file."""
+    """The score of one file."""
 
     nll_nats: float
     samples: int
@@ -67,7 +67,7 @@ def score_file(
     npz: Path | None = None,
     step: int = 0,
 ) -> Score:
-    """Scores one file; with `npz`, log-probabilities and codes of every sample go there.
+    """Scores one file; with `npz`, writes log-probabilities and codes of every sample there.
 
     Raises:
       UserError: if the file can't be read as audio.
@@ -87,7 +87,7 @@ def score_file(
 
 
 def encoded(path: Path, quantiser: quantisers.Quantiser) -> Iterator[UInt8[np.ndarray, " _"]]:
-    """A file's codes in blocks. `sashimi` reads it twice: first for its extremes."""
+    """A file's codes in blocks. `sashimi` reads the file twice, first for its extremes."""
     if quantiser.name != "sashimi":
         yield from map(quantiser.encode, audio.blocks(path))
         return
@@ -102,9 +102,9 @@ def encoded(path: Path, quantiser: quantisers.Quantiser) -> Iterator[UInt8[np.nd
 def stream(
     blocks: Iterable[UInt8[np.ndarray, " _"]], config: Config, stride: int
 ) -> Iterator[tuple[Window, UInt8[np.ndarray, " S"]]]:
-    """The windows of `protocol.plan` over one clip whose length is yet unknown, with their codes.
+    """The windows of `protocol.plan`, with their codes, over a clip of unknown length.
 
-    Holds a block and a window at a time.
+    Holds one block and one window at a time.
     """
     size, patches = config.window_unit, config.window_units
     codes, begin = np.empty(0, np.uint8), 0  # of the clip, from its sample `begin` on
@@ -125,7 +125,7 @@ def stream(
 
 
 class _Sink:
-    """Writes an .npz in constant memory: raw files beside it first, then all into one zip."""
+    """Writes an .npz in constant memory: raw temporary files first, then one zip."""
 
     def __init__(self, path: Path | None):
         self._path = path
@@ -143,7 +143,7 @@ class _Sink:
         self._stack.close()
 
     def keep(self, blocks: Iterable[UInt8[np.ndarray, " _"]]) -> Iterator[np.ndarray]:
-        """Passes the codes on."""
+        """Yields the blocks, and keeps their codes."""
         for block in blocks:
             if self._path is not None:
                 self._codes.write(block.tobytes())
@@ -181,12 +181,14 @@ def npz_paths(files: list[Path], folder: Path | None, overwrite: bool) -> list[P
     if folder is None:
         return [None] * len(files)
     if not folder.is_dir():
-        raise UserError(f"--npz={folder} is no folder; make it first")
+        raise UserError(f"--npz={folder} is not a folder; create it first")
     paths: dict[Path, Path] = {}
     for file in files:
         path = folder / f"{file.stem}.npz"
         if path in paths:
-            raise UserError(f"{paths[path]} and {file} would both become {path}; score them apart")
+            raise UserError(
+                f"{paths[path]} and {file} would both be written to {path}; score them separately"
+            )
         if path.exists() and not overwrite:
             raise UserError(f"{path} exists; give --overwrite to replace it, or another folder")
         paths[path] = file
@@ -214,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     for file in args.files:
         if not file.is_file():
-            raise UserError(f"{file} is no file")
+            raise UserError(f"{file} is not a file")
     paths = npz_paths(args.files, args.npz, args.overwrite)
     if not distributed.is_first():
         paths = [None] * len(paths)

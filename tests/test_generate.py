@@ -182,7 +182,7 @@ def test_resume_can_ask_for_more_and_only_that(workdir, tmp_path, capsys):
     run(f"--workdir={workdir}", "--seconds=0.1", f"--out={long}")
     run(f"--out={out}", "--resume", "--seconds=0.1")
     assert (out / "000.wav").read_bytes() == (long / "000.wav").read_bytes()
-    told = "--resume goes on with --seed=0, got 4"
+    told = "--resume continues with --seed=0, got 4"
     run(f"--out={out}", "--resume", "--seed=4", fails=told, capsys=capsys)
 
 
@@ -243,17 +243,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(workdir, tmp_path, tone, capsy
         ([*base, "--prompt", str(quiet), "--prompt_seconds=0.2"], "silent for the first 0.2"),
         ([*base, "--prompt", str(text)], "can't be read as audio"),
         ([*base, "--prompt", str(tmp_path / "none.wav")], "none.wav"),
-        ([*base, "--prompt", tone, str(quiet)], "say with --prompt_seconds"),
+        ([*base, "--prompt", tone, str(quiet)], "set with --prompt_seconds"),
         ([*base, "--prompt", tone, tone, "--num=1"], "--num=1 is less than the 2 prompts"),
         ([*base, "--prompt", tone, "--prompt_split=test"], "use one of them"),
         ([*base, "--prompt_split=test"], "--prompt_split needs --prompt_seconds"),
-        ([f"--out={out}", "--resume"], "holds no run to go on with"),
+        ([f"--out={out}", "--resume"], "holds no run to resume"),
     ):
         run(*flags, fails=told, capsys=capsys)
         assert not out.exists(), flags
     out.mkdir()
     (out / "run.json").write_text("{")
-    run(*base, fails="holds run.json already", capsys=capsys)
+    run(*base, fails="already holds run.json", capsys=capsys)
     run(f"--out={out}", "--resume", fails="is damaged", capsys=capsys)
 
 

@@ -150,7 +150,7 @@ def test_bad_input_is_one_clear_line_and_nothing_is_overwritten(page, run, tmp_p
         ([f"--workdir={tmp_path}"], "holds no checkpoints"),
         ([f"--workdir={tmp_path}/none"], "holds no checkpoints"),
         ([f"--workdir={run}", "--overwrite", "--split=holdout"], "no split 'holdout'"),
-        ([f"--workdir={run}", "--overwrite", "--generated=nowhere"], "is no folder"),
+        ([f"--workdir={run}", "--overwrite", "--generated=nowhere"], "is not a folder"),
     ):
         with pytest.raises(SystemExit) as stopped:
             report.main(flags)

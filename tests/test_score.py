@@ -126,11 +126,11 @@ def test_bad_input_is_one_clear_line_and_nothing_is_overwritten(run, source, tmp
     (tmp_path / "other").mkdir()
     for flags, message in (
         ([str(text)], "notes.wav"),
-        ([str(tmp_path / "absent.wav")], "is no file"),
+        ([str(tmp_path / "absent.wav")], "is not a file"),
         ([str(good), "--stride_patches=9"], "--stride_patches must be"),
         ([str(good), f"--npz={tmp_path}"], "--overwrite"),
-        ([str(good), f"--npz={tmp_path}/none"], "is no folder"),
-        ([str(good), str(good), f"--npz={tmp_path}/other"], "would both become"),
+        ([str(good), f"--npz={tmp_path}/none"], "is not a folder"),
+        ([str(good), str(good), f"--npz={tmp_path}/other"], "would both be written to"),
     ):
         with pytest.raises(SystemExit) as stopped:
             score.main([*flags, f"--workdir={run}"])

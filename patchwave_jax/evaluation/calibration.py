@@ -1,4 +1,4 @@
-"""Calibration: of all codes given a probability of 10%, does one in ten come?"""
+"""Calibration: of all codes with a predicted probability of 10%, does one in ten occur?"""
 
 import dataclasses
 from typing import Any
@@ -12,20 +12,20 @@ from patchwave_jax.evaluation import protocol
 from patchwave_jax.evaluation.evaluator import Evaluator
 from patchwave_jax.evaluation.measure import Targets
 
-EDGES = 10.0 ** np.linspace(-6, 0, 25)  # of the bins of probability; what is below is the first's
+EDGES = 10.0 ** np.linspace(-6, 0, 25)  # of the bins of probability; lower ones fall into the first
 TARGETS_PER_WINDOW = 2_000
 WINDOWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Over all codes of all targets, in bins of the stated probability."""
+    """Over all codes of all targets, in bins of the predicted probability."""
 
     stated: Float64[np.ndarray, " bins"]  # mean probability in the bin
     cases: Float64[np.ndarray, " bins"]  # codes in the bin
-    came: Float64[np.ndarray, " bins"]  # those of them that came: one for each target
+    came: Float64[np.ndarray, " bins"]  # those that occurred: one for each target
     top_stated: float  # mean probability of the likeliest code
-    top_right: float  # how often it came
+    top_right: float  # how often it occurred
 
     @property
     def targets(self) -> int:
@@ -33,18 +33,18 @@ class Calibration:
 
     @property
     def occurred(self) -> Float64[np.ndarray, " bins"]:
-        """Share of the codes in the bin that came."""
+        """Share of the codes in the bin that occurred."""
         return self.came / np.maximum(self.cases, 1)
 
     @property
     def error(self) -> float:
-        """Probability mass of a prediction that lies on codes that come less or more often."""
+        """Probability mass on codes that occur less or more often than predicted."""
         gaps = np.abs(self.stated * self.cases - self.came)
         return float(gaps.sum() / self.came.sum() / 2)
 
 
 def calibrate(evaluator: Evaluator, params: Any, targets: Targets) -> Calibration:
-    """Calibration on a few windows spread over `targets`, at every so-many-th sample."""
+    """Calibration on a few windows spread over `targets`, at evenly spaced samples."""
     config, size = evaluator.config, evaluator.config.window_unit
     windows = protocol.plan([c.length for c in targets.clips], config, config.window_units)
     windows = windows[:: -(-len(windows) // WINDOWS)]

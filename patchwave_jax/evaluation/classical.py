@@ -35,22 +35,22 @@ from patchwave_jax.errors import UserError
 LINEAR_TAPS = 32
 LINEAR_RIDGE = 1e-9  # of the waveform's energy; the quantiser's noise does the rest
 ORDER_0_PSEUDOCOUNT = 0.5  # Krichevsky and Trofimov 1981
-SCALE_EVERY_SAMPLES = 16  # the likelihood that fits linear-32's scale looks at every 16th sample
+SCALE_EVERY_SAMPLES = 16  # linear-32's scale is fitted to every 16th sample
 
 CANDIDATE_SCALES = 2.0 ** np.arange(-16, -2)  # of a logistic; full scale of the waveform is 1
-EVIDENCE_DECAY = 0.97  # per sample: the scale is judged on the last 33 samples or so
-SHARED_WEIGHT = 1e-3  # of the mixture, spread evenly: bounds the price of a sudden onset
+EVIDENCE_DECAY = 0.97  # per sample: scales are weighed by about the last 33 samples
+SHARED_WEIGHT = 1e-3  # of the mixture, spread evenly: bounds the cost of a sudden onset
 LOGISTIC_VARIANCE = math.pi**2 / 3  # of a logistic of scale 1
 
 BLOCK_SAMPLES = 64  # predicted with the same coefficients
-FALL_SAMPLES = 32  # of the newest, where the window falls to zero
+FALL_SAMPLES = 32  # newest samples over which the window falls to zero
 CHUNK_SAMPLES = 65_536  # bounds memory, changes no result; a multiple of BLOCK_SAMPLES
 
 
 @dataclasses.dataclass(frozen=True)
 class _BlockAdaptive:
     taps: int
-    window_samples: int  # the newest samples, tapered, that the coefficients are fitted to
+    window_samples: int  # newest samples that the coefficients are fitted to, tapered
     ridge: float  # of the window's energy
 
 
@@ -103,7 +103,7 @@ class ClassicalBaselines:
         return log_prob
 
     def to_dict(self) -> dict:
-        """All fitted values as JSON can hold them, exactly; about 250 kB as text."""
+        """All fitted values in JSON types, exactly; about 250 kB as text."""
         return {
             "quantiser": self.quantiser.name,
             "pair_counts": self.pair_counts.tolist(),
@@ -113,7 +113,7 @@ class ClassicalBaselines:
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "ClassicalBaselines":
-        """The inverse of `to_dict`. Raises `UserError` if `values` cannot have come from it."""
+        """The inverse of `to_dict`. Raises `UserError` if `values` is not its result."""
         fields = {field.name for field in dataclasses.fields(cls)}
         if set(values) != fields:
             raise UserError(f"stored baselines need the fields {sorted(fields)}; fit them again")
@@ -139,9 +139,9 @@ def fit(
 ) -> ClassicalBaselines:
     """Fits the classical baselines to a bounded sample of `train_clips`, the same one every time.
 
-    The sample is the middle `max_clip_samples` of each clip, in the order given; no clip is
-    drawn once `max_samples` are in hand. Takes a few seconds, and holds the sample as bytes.
-    Raises `UserError` if there is no sample at all.
+    The sample is the middle `max_clip_samples` of each clip, in the given order, until there are
+    `max_samples`. Takes a few seconds and keeps the sample as bytes.
+    Raises `UserError` if there are no samples.
     """
     excerpts, drawn = [], 0
     for clip in train_clips:
@@ -270,9 +270,9 @@ def _block_adaptive_log_prob(
 ) -> Float64[np.ndarray, " T"]:
     """Linear prediction, refitted for each block, and a mixture of logistics around it.
 
-    All logistics of a mixture have the predicted mean; the candidate scales are weighed by
-    their likelihoods over the newest samples, exponentially forgotten. Each scale is widened
-    by the noise that the quantiser put into the samples predicted from.
+    All logistics of a mixture have the predicted mean; the candidate scales are weighted by
+    their likelihoods over the newest samples, with exponential forgetting. Each scale is widened
+    by the quantiser's noise in the samples that are predicted from.
     """
     taps, window = config.taps, config.window_samples
     taper = _taper(window)

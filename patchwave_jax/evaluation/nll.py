@@ -1,4 +1,4 @@
-"""Sums of log-probabilities by where their targets stand, and intervals that respect correlation.
+"""NLLs by context, position and file, with intervals that respect correlation.
 
 One pass over a split fills a `NllAccumulator`: per source file, per context that was available and
 per position in the clip. Neighbouring samples are nowhere near independent, so every sum is kept
@@ -19,13 +19,13 @@ from patchwave_jax.data.index import Recording
 from patchwave_jax.data.windows import Clip
 
 LN2 = math.log(2)
-MODEL = "model"  # the name of its row, beside those of the classical baselines
+MODEL = "model"  # the name of the model's row
 LEVEL = 0.95  # of all intervals
 RESAMPLES = 2_000
-FEWEST_UNITS = 5  # of an interval: less say next to nothing of how far they spread
-ENOUGH_RECORDINGS = 10  # to resample recordings; with fewer, blocks of them
+FEWEST_UNITS = 5  # of an interval: fewer say little about the spread
+ENOUGH_RECORDINGS = 10  # to resample recordings; with fewer, blocks are resampled
 BLOCK_SECONDS = 10.0  # at most
-ENOUGH_BLOCKS = 20  # blocks are shorter than that only to be so many
+ENOUGH_BLOCKS = 20  # blocks are shorter than that only to have as many
 SHORTEST_BLOCK_SECONDS = 1.0
 BINS_PER_OCTAVE = 2  # of context
 MOST_POSITION_BINS = 120
@@ -33,7 +33,7 @@ MOST_POSITION_BINS = 120
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The NLL of some targets. The interval is absent where there are few units."""
+    """The NLL of some targets. There is no interval where there are few units."""
 
     targets: int
     nll_nats: float
@@ -60,13 +60,10 @@ class FileRow(Row):
 
 
 class NllAccumulator:
-    """Sums over the targets of one split, for the model and for classical baselines.
-
-    Whose log-probabilities they are is told by a name.
-    """
+    """Sums over the targets of one split, for the model and classical baselines, each by a name."""
 
     def __init__(self, recordings: Sequence[Recording], chosen: Sequence[Clip], longest: int):
-        """Of `chosen` clips of `recordings`, whose contexts are `longest` samples at most."""
+        """For `chosen` clips of `recordings`, whose contexts have at most `longest` samples."""
         self._recordings, self._clips = recordings, chosen
         samples = np.array([recording.num_samples for recording in recordings], np.int64)
         if len(recordings) >= ENOUGH_RECORDINGS:
@@ -129,18 +126,18 @@ class NllAccumulator:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Whose log-probabilities were added, in the order of their coming."""
+        """Names whose log-probabilities were added, in the order in which they came first."""
         return tuple(self._context_sums)
 
     @property
     def context_mean(self) -> float:
-        """Of the first name's targets."""
+        """Mean context of the first name's targets."""
         name = self.names[0]
         return float(self._context_sums[name].sum() / self._counts[name, "file"].sum())
 
     @property
     def interval_over(self) -> str:
-        """What was resampled, and how many of it."""
+        """The units that were resampled, and their number."""
         occupied = int((self._counts[self.names[0], "file"].sum(1) > 0).sum())
         return f"{occupied} {self._unit}"
 
@@ -152,7 +149,7 @@ class NllAccumulator:
     def by_context(self, name: str = MODEL, coarse: bool = False) -> list[Point]:
         """NLL against the available context; bins without targets are left out.
 
-        `coarse` is for a table: two bins below 1,024 samples, then one an octave.
+        `coarse` is for a table: two bins below 1,024 samples, then one per octave.
         """
         lows = self.context_edges[:-1]
         starts = np.arange(len(lows))
@@ -198,7 +195,7 @@ def _log_edges(longest: int) -> Int64[np.ndarray, " edges"]:
 
 
 def _accumulate(table: np.ndarray, units: np.ndarray, bins: np.ndarray, values: np.ndarray) -> None:
-    """table[units, bins] += values, where neighbours mostly share their cell."""
+    """table[units, bins] += values, where neighbours mostly share a cell."""
     keys = units * table.shape[1] + bins
     first = keys.min()
     sums = np.bincount(keys - first, values)
@@ -230,7 +227,7 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[Float64[np.ndarray, " bins"], Float64[np.ndarray, " bins"]]:
-    """95% interval of sum / count of each column when its units are drawn again.
+    """95% interval of sum / count of each column, by resampling its units.
 
     Percentiles of resampled ratios, expanded for few units as in Hesterberg (2015, "What teachers
     should know about the bootstrap", section 3.3): a plain percentile interval of n units is as

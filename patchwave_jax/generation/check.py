@@ -1,4 +1,4 @@
-"""The proof that generation is right: its log-probabilities against those of the evaluation."""
+"""The consistency check: log-probabilities of generation against those of the evaluation."""
 
 import dataclasses
 from typing import Any
@@ -12,12 +12,12 @@ from patchwave_jax.generation.sampler import Sampler
 from patchwave_jax.generation.sampling_params import SamplingParams
 
 CHECK_SAMPLES = 2000  # generated before and after the window slides
-TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.3}  # between two orders of the same sums
+TOLERANCE_NATS = {"float32": 1e-3, "bfloat16": 0.3}  # between two orders of summation
 
 
 @dataclasses.dataclass(frozen=True)
 class Consistency:
-    """How far generation's log-probabilities are from those of the evaluation, in nats."""
+    """Differences between the log-probabilities of generation and evaluation, in nats."""
 
     largest: float
     mean: float
@@ -47,9 +47,9 @@ def check(
     seed: int = 0,
     stride_patches: int | None = None,
 ) -> Consistency:
-    """Generates across a slide of the window, and from nothing, and scores it as evaluation does.
+    """Generates from nothing and across a slide of the window, and scores it as evaluation does.
 
-    `prompt` fills the context up to where generation begins, over and over if it is short.
+    `prompt` fills the context up to where generation begins, repeated if it is short.
     """
     config = evaluator.config
     sampler = Sampler(

@@ -1,9 +1,9 @@
-"""What a run of generation leaves: `000.wav`, `000.codes` and `000.json` per clip, and `run.json`.
+"""The files of a generation run: `000.wav`, `000.codes` and `000.json` per clip, and `run.json`.
 
-`NNN.codes` are the clip's 8-bit codes, one byte each: the audio is decoded from them, and they are
-what goes on with `--resume`. All files grow together, by appending; `run.json` says how much of
-them is good and is replaced last, in one rename. So whatever stops a run, the files up to there
-are whole, and a WAV file can be played at any moment.
+`NNN.codes` holds the clip's 8-bit codes, one byte each, from which the audio is decoded and which
+`--resume` continues. All files grow together by appending; `run.json` records how much of them is
+valid and is replaced last, in one rename. So whatever stops a run, the files up to that point are
+valid, and a WAV file can be played at any time.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from patchwave_jax.runtime.storage import Lock, write_atomically
 
 RECORD = "run.json"
 WAV_HEADER_BYTES = 44
-MAX_SAMPLES = 2**31 - 2**16  # of a clip: what a WAV file's header can tell, 37 hours
+MAX_SAMPLES = 2**31 - 2**16  # of a clip: what a WAV header can express, 37 hours
 
 
 def wav_header(num_samples: int) -> bytes:
@@ -45,10 +45,10 @@ def write_wav(path: Path, pcm: Int16[np.ndarray, " T"]) -> None:
 class Outputs:
     """The files of one run. `record` is what `run.json` holds:
 
-    settings: what the user asked for.
-    shared: what all clips have in common: checkpoint, quantiser, context.
+    settings: the user's settings.
+    shared: what all clips share: checkpoint, quantiser, context.
     clips: for each, its prompt and the sum of its samples' -log p in nats.
-    prompt_samples, made_samples: in each clip; the prompt counts as made.
+    prompt_samples, made_samples: in each clip; the prompt is included in made_samples.
     """
 
     def __init__(self, directory: Path, record: dict[str, Any], lock: Lock):
@@ -58,7 +58,7 @@ class Outputs:
 
     @property
     def made(self) -> int:
-        """Samples of each clip, the prompt among them."""
+        """Samples of each clip, prompt included."""
         return self.record["made_samples"]
 
     def path(self, clip: int, suffix: str) -> Path:
@@ -73,19 +73,17 @@ class Outputs:
         prompts: list[str],
         codes: UInt8[np.ndarray, "B T"],
     ) -> "Outputs":
-        """New files that hold the prompts, described by `prompts`.
+        """New files that hold the prompts, which `prompts` describes.
 
         Raises:
-          UserError: if the directory holds such files already, or can't be written.
+          UserError: if the directory already holds such files, or can't be written.
         """
         lock = Lock(directory, "--out")
         with _says_what_failed(directory):
             there = [p.name for p in directory.iterdir() if p.suffix in (".wav", ".codes")]
         there += [RECORD] * (directory / RECORD).exists()
         if there:
-            raise UserError(
-                f"{directory} holds {there[0]} already; use another --out, or go on with --resume"
-            )
+            raise UserError(f"{directory} already holds {there[0]}; use another --out or --resume")
         record = {
             "settings": settings,
             "shared": shared | {"code_version": patchwave_jax.__version__},
@@ -103,7 +101,7 @@ class Outputs:
 
     @classmethod
     def resume(cls, directory: Path) -> "Outputs":
-        """The files of a run that was stopped, cut to what its record says is good.
+        """The files of a stopped run, truncated to what its record says is valid.
 
         Raises:
           UserError: if there is no run, or its files are damaged.
@@ -114,7 +112,7 @@ class Outputs:
             outputs = cls(directory, record, Lock(directory, "--out"))
             made, clips = record["made_samples"], range(len(record["clips"]))
         except FileNotFoundError:
-            raise UserError(f"{directory} holds no run to go on with: no {RECORD}") from None
+            raise UserError(f"{directory} holds no run to resume: no {RECORD}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}); start again in another --out") from error
         for clip in clips:
@@ -145,7 +143,7 @@ class Outputs:
         """Adds samples to all clips.
 
         Raises:
-          UserError: if they can't be written; what was there before stays good.
+          UserError: if they can't be written; what was there before stays valid.
         """
         made = self.made + codes.shape[1]
         sums = log_probs.sum(1, dtype=np.float64)
@@ -171,7 +169,7 @@ class Outputs:
             self._replace(self.path(clip, ".json"), self.describe(clip))
 
     def describe(self, clip: int) -> dict[str, Any]:
-        """What stands beside a clip's WAV file."""
+        """The content of the JSON file of a clip."""
         record, entry = self.record, self.record["clips"][clip]
         generated = self.made - record["prompt_samples"]
         nats = entry["nats"] / generated if generated else None
@@ -180,7 +178,7 @@ class Outputs:
             "prompt_samples": record["prompt_samples"],
             "generated_samples": generated,
             "stream": clip,
-            "nats_per_sample": nats,  # of what was generated, under the model at temperature 1
+            "nats_per_sample": nats,  # of the generated samples, under the model at temperature 1
             "bits_per_sample": None if nats is None else nats / LN2,
             **record["shared"],
             "settings": record["settings"],
@@ -198,5 +196,5 @@ def _says_what_failed(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{path} can't be written: {error.strerror or error}. What was made before is kept; "
-            "make room, then go on with --resume"
+            "free some space, then continue with --resume"
         ) from error

@@ -1,4 +1,4 @@
-"""A few short clips from a model in training: WORKDIR/samples, and TensorBoard."""
+"""A few short clips from a model during training, for WORKDIR/samples and TensorBoard."""
 
 import dataclasses
 import json
@@ -30,11 +30,11 @@ def make(
     step: int,
     stopping: Callable[[], bool],
 ) -> Int16[np.ndarray, "B T"]:
-    """Generates clips from nothing with the run's seed, and writes them; none if it is to stop."""
+    """Generates and writes clips without a prompt, with the run's seed; none if it is to stop."""
     total = max(1, round(config.run.sample_seconds * SAMPLE_RATE))
     needed = config.model.context_for(total, config.context_samples, config.causal)
     config = dataclasses.replace(config, context_samples=needed)
-    # This host's devices only: others may be at their next step already.
+    # This host's devices only: others may already be at their next step.
     devices = jax.local_devices()[:CLIPS]
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     params, sampling = jax.device_get(params), SamplingParams(config.seed)

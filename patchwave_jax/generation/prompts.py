@@ -1,4 +1,4 @@
-"""What generation is asked for, and the audio that it goes on from."""
+"""The settings of a generation run, and the audio that it continues."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from patchwave_jax.errors import UserError
 from patchwave_jax.generation.clips import MAX_SAMPLES
 from patchwave_jax.generation.sampling_params import SamplingParams
 
-# Flags of the commands that `train` and `report` suggest; less often noise than at temperature 1.
+# Flags in the commands that `train` and `report` suggest: noise is rarer than at temperature 1.
 CONTINUATION = (
     "--prompt_split=validation --prompt_seconds=4 --seconds=4 --temperature=0.9 --top_p=0.98"
 )
@@ -23,7 +23,7 @@ CONTINUATION = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the audio; kept beside it, for `--resume`."""
+    """All that determines the audio; stored beside it for `--resume`."""
 
     workdir: str
     step: int | None = None
@@ -39,12 +39,12 @@ class Settings:
     prompt_split: str | None = None
     data_dir: str | None = None
 
-    def knobs(self) -> SamplingParams:
+    def sampling(self) -> SamplingParams:
         return SamplingParams(self.seed, self.temperature, self.top_k, self.top_p)
 
     def check(self) -> None:
-        """Raises `UserError` for what can't be, before anything is loaded."""
-        self.knobs().check()
+        """Raises `UserError` for invalid settings, before anything is loaded."""
+        self.sampling().check()
         if self.num < 1:
             raise UserError(f"--num must be at least 1, got {self.num}")
         for name in ("seconds", "prompt_seconds"):
@@ -64,7 +64,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """Where the beginning of a clip is from; `original` is how it really goes on, if known."""
+    """The beginning of a clip; `original` is its real continuation, if known."""
 
     source: str
     pcm: Int16[np.ndarray, " T"]
@@ -72,7 +72,7 @@ class Prompt:
 
 
 def read_prompts(settings: Settings, config: Config) -> list[Prompt]:
-    """The prompt of each clip, all of one length; nothing without one.
+    """The prompt of each clip, all of one length; empty without prompts.
 
     Raises:
       UserError: if a prompt can't be read, is too short or silent.
@@ -89,7 +89,7 @@ def read_prompts(settings: Settings, config: Config) -> list[Prompt]:
     elif len(set(lengths)) > 1:
         raise UserError(
             f"the prompts last {min(lengths) / SAMPLE_RATE:g} to {max(lengths) / SAMPLE_RATE:g} "
-            "seconds; say with --prompt_seconds how much of each to use"
+            "seconds; set with --prompt_seconds how much of each to use"
         )
     prompts = []
     for path, piece in zip(settings.prompt, pieces, strict=True):

@@ -33,7 +33,7 @@ class SamplingParams:
                 raise UserError(f"--{name} must be {what}, got {getattr(self, name)}")
 
     def uniforms(self, streams: Array, first: Array, count: int) -> Float32[Array, "C B"]:
-        """Numbers in [0, 1) for `count` samples from sample `first`, each from its own key."""
+        """Uniform numbers for `count` samples from sample `first` on, each from its own key."""
 
         def of_sample(stream: Array, sample: Array) -> Array:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), stream), sample)
@@ -45,10 +45,10 @@ class SamplingParams:
     def draw(
         self, logits: Float32[Array, "B 256"], uniform: Float32[Array, " B"]
     ) -> UInt8[Array, " B"]:
-        """A code of each row: the first whose cumulative probability is above `uniform`.
+        """A code for each row: the first whose cumulative probability is above `uniform`.
 
-        Temperature comes first, then top-k, then top-p of what that leaves. Codes just as likely
-        as the last one kept are kept too.
+        Temperature is applied first, then top-k, then top-p to what is left. Codes as likely as
+        the last one kept are kept too.
         """
         logits = logits - logits.max(-1, keepdims=True)
         likeliest = _first(logits == 0)
@@ -69,7 +69,7 @@ class SamplingParams:
         rows = within[..., -1] @ (upper - np.eye(16, dtype=np.float32))
         cumulative = (within + rows[..., None]).reshape(mass.shape)
         above = cumulative > uniform[:, None] * cumulative[:, -1:]
-        # Rounding could leave none above; never draw what has no mass.
+        # Rounding could leave none above; never draw a code without mass.
         code = _first(above & (mass > 0))
         return jnp.where(code < quantisers.NUM_CODES, code, likeliest).astype(jnp.uint8)
 

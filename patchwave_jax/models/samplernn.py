@@ -323,9 +323,7 @@ class SampleRNN(Baseline):
                 return hidden[i], conditioning[i]
 
             hidden[i], conditioning[i] = lax.cond(position % samples == 0, run, wait)
-            each = (
-                samples // self.config.frame_sizes[i]
-            )  # samples for each vector
+            each = samples // self.config.frame_sizes[i]  # samples for each vector
             slower = lax.dynamic_index_in_dim(
                 conditioning[i], position % samples // each, 1, keepdims=False
             )

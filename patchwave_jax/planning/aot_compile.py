@@ -1,4 +1,4 @@
-"""A step's programs, compiled ahead of time: what they need and take on one device."""
+"""The programs of a step, compiled ahead of time, and what they need on one device."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ from patchwave_jax.training.step import Step
 
 
 class DoesNotFitError(Exception):
-    """The compiler needs more memory than a device has."""
+    """A program needs more memory than a device has."""
 
     def __init__(self, needs: float, has: float):
         self.needs, self.has = needs, has
@@ -31,11 +31,11 @@ class Program:
     times: int  # in one step
     compile_seconds: float
     arguments: int  # bytes, as are the next three
-    outputs: int  # that reuse no argument
+    outputs: int  # that do not reuse an argument
     temporaries: int
     code: int
     counts: hlo_cost.Counts
-    xla_flops: float | None  # of XLA's own cost analysis, which counts loops once
+    xla_flops: float | None  # from XLA's cost analysis, which counts loops once
 
 
 def compile_programs(step: Step) -> list[Program]:
@@ -56,10 +56,10 @@ def compile_programs(step: Step) -> list[Program]:
 
 
 def compile_one(name: str, times: int, function: Any, *args: Any) -> Program:
-    """One jitted function, compiled for abstract arguments whose shardings name the devices.
+    """Compiles a jitted function for abstract arguments whose shardings name the devices.
 
     Raises:
-      DoesNotFitError: if the compiler says so.
+      DoesNotFitError: if the compiler reports it.
     """
     lowered = function.lower(*args)
     start = time.monotonic()
@@ -89,10 +89,10 @@ def compile_one(name: str, times: int, function: Any, *args: Any) -> Program:
 
 
 def memory_by_kind(step: Step, programs: list[Program]) -> dict[str, int]:
-    """Bytes on one device while the program that needs most of it runs."""
+    """Bytes on one device while the program that needs the most runs."""
     state = step.abstract_state
     parameters, moments = held_bytes(state["params"]), held_bytes(state["opt_state"])
-    resident = {"accumulate": moments, "apply": 0}  # what lies there besides the arguments
+    resident = {"accumulate": moments, "apply": 0}  # in memory besides the arguments
     largest = max(
         programs, key=lambda p: resident[p.name] + p.arguments + p.outputs + p.temporaries
     )
@@ -108,7 +108,7 @@ def memory_by_kind(step: Step, programs: list[Program]) -> dict[str, int]:
 
 
 def held_bytes(tree: Any) -> int:
-    """What one device holds of a tree of sharded arrays, abstract or real."""
+    """Bytes that one device holds of a tree of sharded arrays, abstract or real."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -116,10 +116,11 @@ def held_bytes(tree: Any) -> int:
 
 
 def roofline(chip: Chip, programs: list[Program], dtype: str) -> dict[str, float]:
-    """Seconds a step can't be faster than, by what bounds them.
+    """Lower bounds of a step's seconds, by resource; `step` is that of the whole step.
 
-    A ring moves an all-reduce's bytes out of a device twice, others' once, less a device's own
-    share. In each program computation, memory and network overlap at best.
+    A ring moves the bytes of an all-reduce out of a device twice and those of other collectives
+    once, less the device's own share. In each program computation, memory and network overlap at
+    best.
     """
     twice = {"all-reduce": 2.0}
     total: dict[str, float] = {"computation": 0.0, "memory": 0.0, "network": 0.0, "step": 0.0}

@@ -1,4 +1,4 @@
-"""Accelerators: what their makers say of them, and devices to compile for without having any.
+"""Accelerators: their public peak numbers, and abstract devices to compile for.
 
 A machine is named by its slice (`v5e-16`, `v5p-128`, counted as Google Cloud does: TensorCores for
 v4 and v5p, chips for v5e and v6e), by the shape of one (`v5e:4x4`), as GPUs of one node (`a100:4`,
@@ -22,9 +22,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one device. FLOP/s are of dense products, as JAX does them by default.
+    """Peaks of one device. FLOP/s are those of dense products at JAX's default precision.
 
-    At `float32` that is one pass in bfloat16 on a TPU, and TF32 on a GPU.
+    For `float32` this is one bfloat16 pass on a TPU, and TF32 on a GPU.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Chip:
     usable: float  # the share of its memory that a program gets
     memory_bandwidth: float  # bytes a second
     flops: dict[str, float]  # a second, by compute dtype
-    link_bandwidth: float  # bytes a second that leave a device, over all its links
+    link_bandwidth: float  # bytes per second leaving a device, over all links
     source: str
 
 
@@ -80,7 +80,7 @@ _KNOWN = "a TPU slice such as v5e-16 or v5e:4x4 (v4, v5e, v5p, v6e), a100:4, h10
 
 
 def machine(topology: str) -> tuple[Chip | None, list[Any]]:
-    """The chip (None for CPUs) and the devices of a machine; abstract ones but for CPUs.
+    """The chip (None for CPUs) and the devices of a machine; abstract except for CPUs.
 
     Raises:
       UserError: if there is no such machine, or its compiler is not installed.
@@ -96,7 +96,7 @@ def machine(topology: str) -> tuple[Chip | None, list[Any]]:
         if shape is None:
             sizes = (math.prod(s) * (2 if shapes is _CUBES else 1) for s in shapes)
             names = ", ".join(f"{match[1]}-{size}" for size in sizes)
-            raise UserError(f"--topology={topology} is no slice; there are {names}")
+            raise UserError(f"--topology={topology} is not a slice; there are {names}")
         return CHIPS[match[1]], _tpus(CHIPS[match[1]], "x".join(map(str, shape)), topology)
     if match := re.fullmatch(r"(v4|v5e|v5p|v6e):([\dx]+)", topology):
         return CHIPS[match[1]], _tpus(CHIPS[match[1]], match[2], topology)
@@ -104,7 +104,7 @@ def machine(topology: str) -> tuple[Chip | None, list[Any]]:
 
 
 def usable_bytes(device: Any) -> float | None:
-    """Memory that a program gets on a device, real or abstract; None if nobody knows."""
+    """Memory available to a program on a device, real or abstract; None if unknown."""
     try:
         stats = device.memory_stats()
     except (jax.errors.JaxRuntimeError, NotImplementedError):  # an abstract device has none
@@ -127,7 +127,7 @@ def _simulated(count: int) -> list[Any]:
 def _tpus(chip: Chip, shape: str, topology: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={topology} needs the TPU's compiler: pip install '.[tpu]'")
-    # Nothing but the compiler is wanted: no other host is asked, nor is a real TPU locked.
+    # Only the compiler is used: no other host is contacted, and no real TPU is locked.
     for name, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),

@@ -1,12 +1,12 @@
-"""What a compiled program does, counted from its text: FLOPs, bytes of memory, collectives.
+"""The cost of a compiled program, counted from its text: FLOPs, memory traffic, collectives.
 
-XLA's own `cost_analysis` counts the body of a loop once, however often it runs, and says nothing
-at all for a GPU that isn't there. Here a loop's body counts as often as the loop runs, where the
-text tells (`lax.scan` and `fori_loop` do), and every number is of one device.
+XLA's own `cost_analysis` counts the body of a loop once, however often it runs, and returns nothing
+for an absent GPU. Here a loop's body counts as often as the loop runs, where the text says so
+(`lax.scan` and `fori_loop`), and every number is for one device.
 
-FLOPs are those of matrix products and convolutions, without what multiplies padding. Bytes are
-what instructions read and write in main memory: a fusion counts as one instruction, and what lies
-in a TPU's on-chip memory, marked S(1) and up, does not count.
+FLOPs are those of matrix products and convolutions, without products with padding. Bytes are those
+that instructions read and write in main memory: a fusion counts as one instruction, and a TPU's
+on-chip memory (marked S(1) and up) does not count.
 """
 
 import dataclasses
@@ -43,18 +43,18 @@ class Collective:
 
     kind: str
     bytes_each: int  # of one device's operands; of an all-gather's result
-    group: int  # devices that take part
+    group: int  # participating devices
     times: int  # in one run of the program
 
 
 @dataclasses.dataclass
 class Counts:
-    """Of one device, in one run of the program."""
+    """Costs on one device, in one run of the program."""
 
     flops: float = 0.0
     bytes: float = 0.0
     collectives: tuple[Collective, ...] = ()
-    unknown_loops: int = 0  # loops whose trips the text does not tell; counted once
+    unknown_loops: int = 0  # loops of unknown length, counted once
 
 
 def count(text: str) -> Counts:
@@ -120,7 +120,7 @@ def _trips(
     left, right = (condition[name] for name in root.operands)
     if left.opcode != "get-tuple-element" or right.opcode != "constant":
         return None
-    # A loop that was not written by `scan` may start elsewhere than at 0.
+    # A loop not made by `scan` may start at another index than 0.
     index = int(re.search(r"index=(\d+)", left.rest)[1])  # pyright: ignore
     first = computation[computation[loop.operands[0]].operands[index]]
     while first.opcode in ("copy", "bitcast"):
@@ -130,7 +130,7 @@ def _trips(
 
 
 def _group(rest: str) -> int:
-    """How many devices exchange, from any of the notations of `replica_groups`."""
+    """The number of devices in a group, from any notation of `replica_groups`."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return listed[1].count(",") + 1
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
@@ -239,7 +239,7 @@ def _traffic(
 
 
 def _users(inner: Computation, index: int) -> list[Instruction]:
-    """What reads a fusion's parameter, through bitcasts."""
+    """The instructions that read a fusion's parameter, through bitcasts."""
     names = {x.name for x in inner.values() if x.opcode == "parameter" and x.text == str(index)}
     users = []
     for x in inner.values():  # in order: operands come first

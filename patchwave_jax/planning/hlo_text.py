@@ -1,4 +1,4 @@
-"""The text of a compiled XLA program (`compiled.as_text()`), read into its instructions."""
+"""A parser for the text of a compiled XLA program (`compiled.as_text()`)."""
 
 import dataclasses
 import math

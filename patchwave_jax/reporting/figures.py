@@ -26,7 +26,7 @@ CLASSICAL_COLOURS = {
     "block-adaptive-32": "#b4637a",
     "block-adaptive-256": "#6d5a9c",
 }
-LEAST_CONTEXT = 64  # samples, of a curve against it
+LEAST_CONTEXT = 64  # samples, of a curve against context
 NARROW = 3.9  # inches, of figures that stand three in a row
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
 STYLE: dict[Any, Any] = {
@@ -49,7 +49,7 @@ STYLE: dict[Any, Any] = {
 def make(
     rows: int = 1, height: float = 3.6, width: float = 4.9, **kwargs
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of so many axes above each other, and they."""
+    """A figure with `rows` axes above each other, and the axes."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(rows, 1, squeeze=False, **kwargs)
@@ -96,7 +96,7 @@ def context_curves(nlls: Mapping[str, NllAccumulator], width: float = NARROW) ->
 
 
 def context_gain_curve(nll: NllAccumulator) -> Figure:
-    """What a short context costs, against that context (see `measure.context_gain`)."""
+    """The cost of a short context, against that context (see `measure.context_gain`)."""
     figure, (axes,) = make(height=0.85 * NARROW, width=NARROW)
     points = _reliable(nll.by_context())
     axes.axhline(0, color=FAINT, lw=1)
@@ -107,7 +107,7 @@ def context_gain_curve(nll: NllAccumulator) -> Figure:
 
 
 def _reliable(points: Sequence[Point]) -> Sequence[Point]:
-    """Those that have an interval and some context; all, if none has."""
+    """The points with an interval and some context; all points if none has both."""
     return [p for p in points if p.bits_low is not None and p.low >= LEAST_CONTEXT] or points
 
 
@@ -200,7 +200,7 @@ def rates(training: Sequence[Mapping]) -> Figure:
 
 
 def reliability(calibration: Calibration) -> Figure:
-    """How often a code came, against the probability that was stated for it."""
+    """How often a code occurred, against its predicted probability."""
     figure, (axes,) = make(height=3.9)
     axes.plot([1e-6, 1], [1e-6, 1], color=FAINT, lw=1, ls="--", label="perfectly calibrated")
     some = calibration.came >= 5  # fewer say little about a rate
@@ -209,25 +209,27 @@ def reliability(calibration: Calibration) -> Figure:
     )
     axes.set(
         xscale="log", yscale="log", xlim=(1e-5, 1.3), ylim=(1e-5, 1.3),
-        xlabel="stated probability of a code", ylabel="share of such codes that came",
+        xlabel="predicted probability of a code", ylabel="share of such codes that occurred",
     )  # fmt: skip
     axes.legend(**LEGEND)
     return figure
 
 
 def probability_histogram(calibration: Calibration) -> Figure:
-    """The probability that had been stated for the code that came."""
+    """The predicted probability of the code that occurred."""
     figure, (axes,) = make(height=3.9)
     share = 100 * calibration.came / calibration.came.sum()
     axes.bar(EDGES[:-1], share, np.diff(EDGES), align="edge", color=COLOURS[0], edgecolor="white")
     axes.set(
-        xscale="log", xlabel="probability stated for the code that came", ylabel="% of samples"
+        xscale="log",
+        xlabel="predicted probability of the code that occurred",
+        ylabel="% of samples",
     )
     return figure
 
 
 def excerpt(pcm: np.ndarray, bits: np.ndarray) -> Figure:
-    """Waveform, mel-spectrogram and the surprise of each sample, above each other."""
+    """Waveform, mel spectrogram and the surprise of each sample, above each other."""
     figure, (wave, mel, surprise) = make(
         rows=3, height=5.2, sharex=True, gridspec_kw={"height_ratios": [1, 1.8, 1.2]}
     )

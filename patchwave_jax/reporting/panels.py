@@ -1,4 +1,4 @@
-"""What the report shows, panel by panel: figures as images, and clips with players."""
+"""The panels of the report: figures as images, and clips with players."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ GENERATED_SECONDS = 30  # of each clip, at most
 
 
 def picture(figure: Figure, title: str, words: str = "", kind: str = "svg") -> dict[str, str]:
-    """A figure as the page shows it."""
+    """A figure as a panel."""
     content = io.BytesIO()
     figures.save(figure, content, kind)
     mime = "image/svg+xml" if kind == "svg" else f"image/{kind}"
@@ -53,13 +53,13 @@ def context_panels(
     shortage: NllAccumulator | None,
     config: Config,
 ) -> Iterator[dict[str, str]]:
-    """The figures of what context is worth."""
+    """The figures of the value of context."""
     whole = f"{config.context_samples:,}"
     if shortage is not None:
         yield picture(
             figures.context_gain_curve(shortage),
             "What a short context costs",
-            f"Extra bits against at least half of {whole} samples of context, on the very same "
+            f"Extra bits compared with at least half of {whole} samples of context, on the same "
             "targets. Band: 95% interval.",
         )
     yield picture(
@@ -72,7 +72,7 @@ def context_panels(
 
 
 def excerpts(evaluator: Evaluator, params: Any, targets: Targets) -> Iterator[dict[str, str]]:
-    """Stretches of held-out audio with the surprise of every sample in them."""
+    """Excerpts of held-out audio with the surprise of every sample."""
     config, size = evaluator.config, EXCERPT_SECONDS * SAMPLE_RATE
     quantiser = quantisers.get(config.data.quantiser)
     lengths = [clip.length for clip in targets.clips]
@@ -104,7 +104,7 @@ def excerpts(evaluator: Evaluator, params: Any, targets: Targets) -> Iterator[di
 
 
 def generated(workdir: Path, extra: Path | None) -> list[dict[str, str]]:
-    """The clips that were generated, with what is known of them."""
+    """The generated clips, with what is recorded of them."""
     folders = [extra] if extra else [workdir / "samples", workdir / "generated"]
     paths = [path for folder in folders for path in sorted(folder.rglob("*.wav"))]
     clips = []
@@ -124,7 +124,7 @@ def generated(workdir: Path, extra: Path | None) -> list[dict[str, str]]:
 
 
 def _of_a_clip(known: dict[str, Any]) -> Iterator[str]:
-    """What is worth telling of a generated clip, where it is known and not as usual."""
+    """The recorded facts of a generated clip that differ from the defaults."""
     if known.get("bits_per_sample") is not None:
         yield f"{known['bits_per_sample']:.3f} bits per sample"
     usual = {"step": None, "prompt": "", "temperature": None, "top_k": 0, "top_p": 1, "seed": None}

@@ -1,4 +1,4 @@
-"""A clip as a picture: its waveform and its mel-spectrogram, in constant memory."""
+"""A picture of a clip, in constant memory: its waveform and its mel spectrogram."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from patchwave_jax.generation.clips import WAV_HEADER_BYTES
 
 matplotlib.use("agg")
 
-COLUMNS = 1200  # of the picture: longer clips are sampled, shorter ones have fewer
+COLUMNS = 1200  # of the picture: longer clips are subsampled, shorter ones have fewer
 FRAME_SAMPLES = 1024
-HOP_SAMPLES = 256  # the least there is between columns
+HOP_SAMPLES = 256  # the minimum between columns
 MELS = 80
 
 
@@ -37,7 +37,7 @@ def mel_spectrogram(frames: Int16[np.ndarray, "T S"]) -> Float64[np.ndarray, "M 
 
 
 def plot(wav: Path, prompt_samples: int, title: str) -> Path:
-    """Draws a WAV file that this package wrote, `prompt_samples` marked, to a PNG beside it."""
+    """Draws a WAV file that this package wrote, with the prompt marked, to a PNG beside it."""
     pcm = np.memmap(wav, "<i2", "r", WAV_HEADER_BYTES)
     step = max(HOP_SAMPLES, -(-pcm.size // COLUMNS))
     starts = np.arange(0, max(pcm.size, 1), step)

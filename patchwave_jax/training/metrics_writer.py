@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard, and a progress bar or lines."""
+"""The metrics of a run: `metrics.jsonl`, TensorBoard, and a progress bar or lines."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class MetricsWriter:
     """Metrics of one run. A context manager."""
 
     def __init__(self, workdir: str | os.PathLike[str], first_step: int, num_steps: int):
-        """Opens the logs of `workdir`; rows past `first_step`, which will come again, go.
+        """Opens the logs of `workdir`; rows past `first_step`, which will be repeated, are removed.
 
         Of several processes only the first writes.
         """
@@ -40,13 +40,13 @@ class MetricsWriter:
         if first and len(kept) < len(rows):
             write_atomically(self._path, "".join(f"{row}\n" for row in kept))
         self._file = (self._path if first else Path(os.devnull)).open("a")
-        # Not by tensorboardX's SummaryWriter, whose thread dies unheard of a full disk.
+        # Not tensorboardX's SummaryWriter, whose thread dies silently on a full disk.
         board = Path(workdir) / "tensorboard"
         board.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
         self._board = (board / name if first else Path(os.devnull)).open("wb", buffering=0)
         self._record(0, file_version="brain.Event:2")
-        # What other files have of the steps from here on goes.
+        # Makes TensorBoard drop what other files hold of the steps from here on.
         restart = _pb.SessionLog(status=_pb.SessionLog.START)
         self._record(first_step + 1, session_log=restart)
         minutes = [json.loads(row).get("minutes", 0.0) for row in kept[-1:]]
@@ -73,7 +73,7 @@ class MetricsWriter:
         return (time.monotonic() - self._start) / 60
 
     def advance(self) -> None:
-        """One more step is under way."""
+        """Advances the progress bar by a step."""
         self._bar.update()
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class MetricsWriter:
             self.say(f"step {step}: {kind} {bits:.4f} bits/sample after {self.minutes:.1f} min")
 
     def clips(self, step: int, pcm: Int16[np.ndarray, "B T"]) -> None:
-        """Gives TensorBoard clips that were made after `step` steps."""
+        """Adds clips made after `step` steps to TensorBoard."""
         for i, clip in enumerate(pcm):
             sound = audio(f"sample/{i}", clip / 2.0**15, sample_rate=SAMPLE_RATE)
             self._record(step, summary=sound)

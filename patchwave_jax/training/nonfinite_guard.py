@@ -1,7 +1,7 @@
-"""Watches every step's loss: steps that are not finite are skipped, counted and kept for a look.
+"""Guards against steps that are not finite: they are skipped, counted, and their rows kept.
 
-The device skips such a step by itself (see `step.py`). What all steps measured stays there until
-it is read, all at once, so that watching never makes the device wait.
+The device itself skips such a step (see `step.py`). The metrics of all steps stay on the device
+until they are read together, so that the guard never makes it wait.
 """
 
 import collections
@@ -21,25 +21,25 @@ from patchwave_jax.runtime.distributed import is_first, to_host
 MOST_IN_A_ROW = 10  # skipped steps; then the run ends
 MOST_KEPT = 20  # batches, of those that were not finite
 SPIKE_HISTORY = 100  # steps that a loss is compared with
-SPIKE_DEVIATIONS = 8.0  # above their median, in median absolute deviations as of a normal
+SPIKE_DEVIATIONS = 8.0  # above their median, in normalised median absolute deviations
 SPIKE_NATS = 0.1  # and at least
 
 
 class NonFiniteGuard:
-    """Of one run, with its files in `folder`. `say` tells the user a line."""
+    """The guard of one run, which keeps rows in `folder`. `say` prints a line for the user."""
 
     def __init__(self, windows: Windows, folder: Path, say: Callable[[str], None]):
         self._windows, self._directory, self._say = windows, folder / "nonfinite", say
         self._pending: list[tuple[int, dict[str, Any], int]] = []
         self._history: collections.deque[float] = collections.deque(maxlen=SPIKE_HISTORY)
-        self.in_a_row = 0  # skipped steps, up to the newest that was read
+        self.in_a_row = 0  # skipped steps, up to the newest one read
 
     def add(self, step: int, metrics: dict[str, Any], redrawn: int) -> None:
-        """Keeps what step number `step` measured; `redrawn` counts its damaged windows."""
+        """Keeps the metrics of step `step`; `redrawn` counts its damaged windows."""
         self._pending.append((step, metrics, redrawn))
 
     def read(self) -> dict[str, float]:
-        """The newest step's loss and gradient, and what was skipped since the last reading."""
+        """The newest step's loss and gradient norm, and the steps skipped since the last read."""
         steps = [step for step, _, _ in self._pending]
         measured = to_host([metrics for _, metrics, _ in self._pending])
         redrawn = sum(count for _, _, count in self._pending)
@@ -62,7 +62,7 @@ class NonFiniteGuard:
         }
 
     def require_finite(self, ended: bool, latest: int | None) -> None:
-        """Raises `UserError` if too many steps in a row were skipped, or the last one of all."""
+        """Raises `UserError` if too many steps in a row, or the run's last step, were skipped."""
         if self.in_a_row < (1 if ended else MOST_IN_A_ROW):
             return
         kept = "no checkpoint is there" if latest is None else f"step {latest} is the last good one"
@@ -84,7 +84,7 @@ class NonFiniteGuard:
     def _keep(self, step: int, nats: float, norm: float, row_nats: Float[np.ndarray, " B"]) -> None:
         if not is_first():
             return
-        batch = self._windows[step - 1]  # the same again: it depends on nothing else
+        batch = self._windows[step - 1]  # the same batch again: it is a function of the step
         finite = np.isfinite(row_nats)
         bad = np.arange(finite.size) if finite.all() else np.flatnonzero(~finite)
         self._directory.mkdir(exist_ok=True)
