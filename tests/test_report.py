@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 from flax import nnx
-from small_run import PATCHES, SIZE, make_config, make_data, make_run
+from small_run import PATCHES, make_config, make_data, make_run
 
 from patchwave_jax import expected, report
 from patchwave_jax.data.index import open_split
@@ -22,6 +22,7 @@ from patchwave_jax.errors import EXIT_CODE
 from patchwave_jax.evaluation import evaluator as evaluator_module
 from patchwave_jax.evaluation import measure, protocol
 from patchwave_jax.evaluation.calibration import EDGES, calibrate
+from patchwave_jax.runtime.mesh import make_mesh
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -167,7 +168,7 @@ def test_bad_input_is_one_clear_line_and_nothing_is_overwritten(page, run, tmp_p
 def test_calibration_counts_what_a_loop_counts(data_dir):
     """Every code of a thinned set of targets, in bins of the probability the model states."""
     config = make_config(data_dir)
-    evaluator = evaluator_module.Evaluator(config, protocol.make_mesh())
+    evaluator = evaluator_module.Evaluator(config, make_mesh())
     model = config.build_model(nnx.Rngs(0))
     dense = jax.jit(lambda x: model.logits(x, 1))
     split = open_split(data_dir, "audio_folder", "test")
@@ -178,7 +179,7 @@ def test_calibration_counts_what_a_loop_counts(data_dir):
     stated, cases, came = np.zeros((3, len(EDGES) - 1))
     right = count = 0
     for window in windows:
-        segment = protocol.segment(window, codes, SIZE)
+        segment = protocol.segment(window, codes, config)
         logits = np.asarray(dense(segment[None]))[0].astype(np.float64)
         table = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         for t in range(window.first, window.end):

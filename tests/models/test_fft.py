@@ -85,7 +85,7 @@ def test_no_fourier_transform_on_a_tpu():
     config = SaShiMiConfig(width=8, num_layers=1, pools=(4,), state_size=16)
     graphdef, params = nnx.split(SaShiMi(config, rngs=nnx.Rngs(0)))
     codes = random_codes(1, 320)
-    step = jax.jit(jax.grad(lambda params: nnx.merge(graphdef, params).logits(codes).sum()))
+    step = jax.jit(jax.grad(lambda params: nnx.merge(graphdef, params).window_logits(codes).sum()))
     for platform, transforms in (("cpu", True), ("tpu", False)):
         text = step.trace(params).lower(lowering_platforms=(platform,)).as_text()
         assert ("stablehlo.fft" in text) == transforms

@@ -17,7 +17,7 @@ from patchwave_jax import evaluate, expected, generate, report, score
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config_dict import from_config_dict
 from patchwave_jax.errors import UserError
-from patchwave_jax.evaluation.protocol import load
+from patchwave_jax.evaluation.evaluator import load
 from patchwave_jax.runtime.workdir import Workdir
 from patchwave_jax.train import train
 
