@@ -32,6 +32,7 @@ from patchwave_jax.errors import UserError, check_output, exits_cleanly
 from patchwave_jax.evaluation import classical_cache, measure
 from patchwave_jax.evaluation.evaluator import load
 from patchwave_jax.evaluation.nll import MODEL, NllAccumulator
+from patchwave_jax.flags import argument_parser
 from patchwave_jax.reporting import figures
 from patchwave_jax.runtime import distributed
 from patchwave_jax.runtime.storage import write_atomically
@@ -103,11 +104,7 @@ def _wide(name: str) -> int:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line, measures, prints and writes results."""
-    parser = argparse.ArgumentParser(
-        "python -m patchwave_jax.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("evaluate", __doc__)
     parser.add_argument(
         "--workdir", required=True, action="append", help="the run's directory; may be repeated"
     )

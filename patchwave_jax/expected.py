@@ -7,7 +7,6 @@ Records are part of the package, in `expected_runs/NAME.json`. A run is compared
 network, recipe, data and manifest are the same.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -23,6 +22,7 @@ import patchwave_jax
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError, exits_cleanly
+from patchwave_jax.flags import argument_parser
 from patchwave_jax.runtime.storage import write_atomically
 from patchwave_jax.runtime.workdir import Workdir
 
@@ -169,11 +169,7 @@ def table(expected: Expected) -> str:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     """Records a run, or prints the tables of all records."""
-    parser = argparse.ArgumentParser(
-        "python -m patchwave_jax.expected",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("expected", __doc__)
     parser.add_argument("--workdir", help="a finished run to record")
     parser.add_argument("--name", help="name of the record")
     parser.add_argument("--hardware", help="what it was trained on; default: this machine")

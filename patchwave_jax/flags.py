@@ -1,8 +1,9 @@
-"""The command line of training, which the planner shares."""
+"""Command lines: a parser for most commands, and that of training, which the planner shares."""
 
+import argparse
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
@@ -16,6 +17,16 @@ _CONFIGS = (
     "configs/demo.py, laptop.py, ctx128k.py, ctx512k.py, ctx1m.py (or ctx128k.py:dense ...), "
     "wavenet.py, samplernn.py, sashimi.py, megabyte.py"
 )
+
+
+def argument_parser(command: str, about: str | None, **options: Any) -> argparse.ArgumentParser:
+    """The parser of `python -m patchwave_jax.COMMAND`, whose help begins with `about`."""
+    return argparse.ArgumentParser(
+        f"python -m patchwave_jax.{command}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
 
 
 class Command(NamedTuple):

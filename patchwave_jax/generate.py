@@ -30,6 +30,7 @@ from patchwave_jax.data import audio, quantisers
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError, exits_cleanly
 from patchwave_jax.evaluation.evaluator import Evaluator, load
+from patchwave_jax.flags import argument_parser
 from patchwave_jax.generation.check import check
 from patchwave_jax.generation.clips import Outputs, write_wav
 from patchwave_jax.generation.prompts import Settings, encode, open_data, read_prompts
@@ -130,12 +131,7 @@ def report(outputs: Outputs) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags; those of `Settings` only if they were given."""
-    parser = argparse.ArgumentParser(
-        "python -m patchwave_jax.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = argument_parser("generate", __doc__, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("--workdir", help="the training run's directory")
     add("--step", type=int, help="checkpoint; default: the best on validation")

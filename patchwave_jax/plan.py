@@ -9,7 +9,6 @@ allow at best (`patchwave_jax/planning/hardware.py`): no step will be faster, an
 slower.
 """
 
-import argparse
 import dataclasses
 import json
 import re
@@ -22,7 +21,7 @@ import jax
 
 from patchwave_jax.config import Config
 from patchwave_jax.errors import UserError, check_output, exits_cleanly
-from patchwave_jax.flags import parse
+from patchwave_jax.flags import argument_parser, parse
 from patchwave_jax.planning import hardware
 from patchwave_jax.planning.aot_compile import (
     DoesNotFitError,
@@ -206,12 +205,7 @@ def table(found: Plan) -> str:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     """`argv` holds the flags only, as for the other commands."""
-    parser = argparse.ArgumentParser(
-        "python -m patchwave_jax.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = argument_parser("plan", __doc__, allow_abbrev=False)
     parser.add_argument("--config", help="as for train: configs/ctx128k.py:dense, and its fields")
     parser.add_argument("--topology", help="v5e-16, v5e:4x4, v5p-128, a100:4, h100:8, cpu:8 ...")
     parser.add_argument("--fit", action="store_true", help="find the largest batch that fits")

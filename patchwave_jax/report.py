@@ -5,7 +5,6 @@ without a network connection: curves, tables, calibration, held-out audio with t
 and the clips in WORKDIR/samples and WORKDIR/generated (or `--generated=DIR`).
 """
 
-import argparse
 import dataclasses
 import importlib.metadata
 import os
@@ -20,16 +19,24 @@ import patchwave_jax
 from patchwave_jax import expected
 from patchwave_jax.config import Config
 from patchwave_jax.data.audio import SAMPLE_RATE
+from patchwave_jax.data.index import Split
 from patchwave_jax.errors import UserError, check_output, exits_cleanly
 from patchwave_jax.evaluate import open_splits
 from patchwave_jax.evaluation import classical_cache, measure
-from patchwave_jax.evaluation.calibration import Calibration, calibrate
+from patchwave_jax.evaluation.calibration import calibrate
 from patchwave_jax.evaluation.evaluator import load
 from patchwave_jax.evaluation.nll import LN2, MODEL, NllAccumulator
+from patchwave_jax.flags import argument_parser
 from patchwave_jax.generation.prompts import CONTINUATION
 from patchwave_jax.models.base import count_parameters
 from patchwave_jax.reporting import figures
-from patchwave_jax.reporting.panels import context_panels, excerpts, generated, picture
+from patchwave_jax.reporting.panels import (
+    calibration_panels,
+    context_panels,
+    excerpts,
+    generated,
+    picture,
+)
 from patchwave_jax.runtime import distributed
 from patchwave_jax.runtime.storage import write_atomically
 from patchwave_jax.runtime.workdir import Workdir, as_path, clips_of
@@ -53,14 +60,6 @@ def file_rows(nll: NllAccumulator) -> list[dict[str, Any]]:
     each.sort(key=lambda rows: -rows[0].nll_bits)
     everything = row("all", [nll.total(name) for name in nll.names])
     return [everything, *(row(rows[0].file, list(rows)) for rows in each)]
-
-
-def calibration_words(calibration: Calibration) -> str:
-    return (
-        f"Over {calibration.targets:,} samples, the likeliest code had a probability of "
-        f"{calibration.top_stated:.1%} on average and occurred {calibration.top_right:.1%} of the "
-        f"time; {calibration.error:.2%} of the probability is misplaced."
-    )
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -101,17 +100,6 @@ def page(
     shortage = measure.context_gain(evaluator, params, grown)
     calibration = calibrate(evaluator, params, targets)
     rows = expected.history(folder)
-    training = []
-    if rows.get("train"):
-        held_out, _ = open_splits(config, data_dir, "validation")
-        validated = measure.choose_targets(config, held_out, max_targets=config.run.eval_targets)
-        lines = classical_cache.classical_on(validated, train_split, folder)
-        losses = figures.loss_curves(rows["train"], rows.get("validation", []), lines)
-        words = "Dashed: predictors that need no network, on the targets of the validations."
-        training = [
-            picture(losses, "Loss", words),
-            picture(figures.rates(rows["train"]), "Learning rate and throughput"),
-        ]
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("patchwave_jax.reporting", ""),
         autoescape=True,
@@ -125,18 +113,13 @@ def page(
         good=result.nll_nats < min(nats.values()),
         result=str(result),
         expected=expectation(config, split.manifest_hash, rows),
-        training=training,
+        training=training_panels(config, train_split, data_dir, folder, rows),
         context=list(context_panels(nll, growing, shortage, config)),
         names=nll.names,
         files=file_rows(nll),
         interval_over=result.interval_over,
-        calibration_words=calibration_words(calibration),
-        calibration=[
-            picture(figures.reliability(calibration), "How often a code occurs"),
-            picture(
-                figures.probability_histogram(calibration), "Probability of the code that occurred"
-            ),
-        ],
+        calibration_words=str(calibration),
+        calibration=calibration_panels(calibration),
         excerpts=list(excerpts(evaluator, params, targets)),
         generated=generated(folder, generated_dir),
         generate_command=commands(workdir)[-1],
@@ -144,6 +127,27 @@ def page(
         versions=versions(config, split.manifest_hash),
         config=list(flat(dataclasses.asdict(config))),
     )
+
+
+def training_panels(
+    config: Config,
+    train_split: Split,
+    data_dir: str | None,
+    folder: Path,
+    rows: Mapping[str, list[dict[str, Any]]],
+) -> list[dict[str, str]]:
+    """The figures of the training's metrics; none without them."""
+    if not rows.get("train"):
+        return []
+    split, _ = open_splits(config, data_dir, "validation")
+    targets = measure.choose_targets(config, split, max_targets=config.run.eval_targets)
+    lines = classical_cache.classical_on(targets, train_split, folder)
+    losses = figures.loss_curves(rows["train"], rows.get("validation", []), lines)
+    words = "Dashed: predictors without a network, on the targets of the validations."
+    return [
+        picture(losses, "Loss", words),
+        picture(figures.rates(rows["train"]), "Learning rate and throughput"),
+    ]
 
 
 def expectation(
@@ -218,11 +222,7 @@ def _capital(text: str) -> str:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line, measures, and writes the page."""
-    parser = argparse.ArgumentParser(
-        "python -m patchwave_jax.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("report", __doc__)
     parser.add_argument("--workdir", required=True, help="the run's directory")
     parser.add_argument("--out", type=Path, help="the page; default: WORKDIR/report.html")
     parser.add_argument("--split", default="validation", help="train, validation or test")

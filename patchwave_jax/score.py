@@ -10,7 +10,6 @@ Files are read and scored in blocks, so memory does not grow with their length. 
 The protocol is that of `patchwave_jax.evaluation.protocol`; a file is one clip.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import shutil
@@ -31,6 +30,7 @@ from patchwave_jax.evaluation import protocol
 from patchwave_jax.evaluation.evaluator import Evaluator, load
 from patchwave_jax.evaluation.nll import LN2
 from patchwave_jax.evaluation.protocol import Window, segment
+from patchwave_jax.flags import argument_parser
 from patchwave_jax.runtime import distributed
 from patchwave_jax.runtime.storage import replacing
 
@@ -198,11 +198,7 @@ def npz_paths(files: list[Path], folder: Path | None, overwrite: bool) -> list[P
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and scores file after file."""
-    parser = argparse.ArgumentParser(
-        "python -m patchwave_jax.score",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argument_parser("score", __doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="wav, flac, mp3, ogg")
     parser.add_argument("--workdir", required=True, help="the run's directory")
     parser.add_argument("--step", type=int, help="checkpoint; default: the best on validation")

@@ -100,7 +100,7 @@ def test_the_interval_is_seeded_and_needs_some_units():
 # The nll.
 
 
-def test_a_tally_equals_sums_over_all_samples(rng):
+def test_accumulated_nlls_equal_sums_over_all_samples(rng):
     """By file, context and position, for clips that cross files, in batches out of order."""
     files = [SourceFile("a", 20_000), SourceFile("b", 30_000)]
     recordings = [Recording("one", tuple(files)), Recording("two", (SourceFile("c", 17_000),))]

@@ -27,6 +27,13 @@ class Calibration:
     top_stated: float  # mean probability of the likeliest code
     top_right: float  # how often it occurred
 
+    def __str__(self) -> str:
+        return (
+            f"Over {self.targets:,} samples, the likeliest code had a probability of "
+            f"{self.top_stated:.1%} on average and occurred {self.top_right:.1%} of the time; "
+            f"{self.error:.2%} of the probability is misplaced."
+        )
+
     @property
     def targets(self) -> int:
         return int(self.came.sum())

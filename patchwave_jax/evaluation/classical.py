@@ -31,6 +31,7 @@ from scipy.signal import lfilter
 from patchwave_jax.data import quantisers
 from patchwave_jax.data.quantisers import NUM_CODES, SILENCE, Quantiser
 from patchwave_jax.errors import UserError
+from patchwave_jax.models.predictors.least_squares import taper
 
 LINEAR_TAPS = 32
 LINEAR_RIDGE = 1e-9  # of the waveform's energy; the quantiser's noise does the rest
@@ -43,7 +44,6 @@ SHARED_WEIGHT = 1e-3  # of the mixture, spread evenly: bounds the cost of a sudd
 LOGISTIC_VARIANCE = math.pi**2 / 3  # of a logistic of scale 1
 
 BLOCK_SAMPLES = 64  # predicted with the same coefficients
-FALL_SAMPLES = 32  # newest samples over which the window falls to zero
 CHUNK_SAMPLES = 65_536  # bounds memory, changes no result; a multiple of BLOCK_SAMPLES
 
 
@@ -237,13 +237,6 @@ def _linear_prediction(
     return solve_toeplitz(column, autocorrelation[1:])[::-1]
 
 
-def _taper(samples: int) -> Float64[np.ndarray, " T"]:
-    """A slow rise and a quick fall: an asymmetric window, as backward-adaptive codecs have it."""
-    rise = np.sin(np.pi / 2 * (np.arange(samples - FALL_SAMPLES) + 0.5) / (samples - FALL_SAMPLES))
-    fall = np.cos(np.pi / 2 * (np.arange(FALL_SAMPLES) + 0.5) / FALL_SAMPLES)
-    return np.concatenate([rise**2, fall])
-
-
 def _fit_scale(
     excerpts: Sequence[UInt8[np.ndarray, " _"]],
     quantiser: Quantiser,
@@ -275,7 +268,7 @@ def _block_adaptive_log_prob(
     by the quantiser's noise in the samples that are predicted from.
     """
     taps, window = config.taps, config.window_samples
-    taper = _taper(window)
+    window_function = taper(window)
     noise_by_code = np.diff(quantiser.edges.astype(np.float64)) ** 2 / 12
     padded, log_prob = _with_history(codes, window), np.empty(len(codes))
     evidence = np.zeros((len(CANDIDATE_SCALES), 1))
@@ -285,7 +278,9 @@ def _block_adaptive_log_prob(
         means, variances = np.empty((2, len(chunk) - window))
         for start in range(0, len(means), BLOCK_SAMPLES):
             stop = min(start + BLOCK_SAMPLES, len(means))
-            newest = waveform[start : start + window] * taper  # ends just before the block
+            newest = (
+                waveform[start : start + window] * window_function
+            )  # ends just before the block
             coefficients = _linear_prediction(_autocorrelation(newest, taps), config.ridge)
             past = slice(start + window - taps, stop + window - 1)
             means[start:stop] = np.correlate(waveform[past], coefficients, "valid")

@@ -15,7 +15,13 @@ from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError
 from patchwave_jax.evaluation.calibration import EDGES, Calibration
 from patchwave_jax.evaluation.nll import LN2, MODEL, NllAccumulator, Point, Row
-from patchwave_jax.reporting.spectrogram import FRAME_SAMPLES, HOP_SAMPLES, MELS, mel_spectrogram
+from patchwave_jax.reporting.spectrogram import (
+    FRAME_SAMPLES,
+    HOP_SAMPLES,
+    frames_at,
+    mel_spectrogram,
+    show_mel,
+)
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2")
@@ -236,13 +242,9 @@ def excerpt(pcm: np.ndarray, bits: np.ndarray) -> Figure:
     seconds = np.arange(len(pcm)) / SAMPLE_RATE
     wave.plot(seconds, pcm / 32768, color=INK, lw=0.3)
     wave.set(ylabel="waveform")
-    padded = np.pad(pcm, FRAME_SAMPLES // 2)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, FRAME_SAMPLES)[:-1:HOP_SAMPLES]
-    extent = (0.0, len(pcm) / SAMPLE_RATE, 0.0, float(MELS))
-    power = mel_spectrogram(frames)
-    mel.imshow(
-        power, origin="lower", aspect="auto", extent=extent, vmin=power.max() - 70, cmap="magma"
-    )
+    centred = np.pad(pcm, FRAME_SAMPLES // 2)
+    power = mel_spectrogram(frames_at(centred, np.arange(0, len(pcm), HOP_SAMPLES)))
+    show_mel(mel, power, len(pcm) / SAMPLE_RATE, vmin=power.max() - 70, cmap="magma")
     mel.set(ylabel="mel band", xlim=(0, len(pcm) / SAMPLE_RATE))
     mel.grid(False)
     step = SAMPLE_RATE // 100

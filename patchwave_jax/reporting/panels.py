@@ -16,6 +16,7 @@ from patchwave_jax.data import quantisers
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.errors import UserError
 from patchwave_jax.evaluation import protocol
+from patchwave_jax.evaluation.calibration import Calibration
 from patchwave_jax.evaluation.evaluator import Evaluator
 from patchwave_jax.evaluation.measure import Targets
 from patchwave_jax.evaluation.nll import LN2, MODEL, NllAccumulator
@@ -69,6 +70,16 @@ def context_panels(
         "the targets of a point are: each has its own.",
     )
     yield picture(figures.position_curve(nll), "Bits against position in the clip")
+
+
+def calibration_panels(calibration: Calibration) -> list[dict[str, str]]:
+    """The figures of calibration."""
+    return [
+        picture(figures.reliability(calibration), "How often a code occurs"),
+        picture(
+            figures.probability_histogram(calibration), "Probability of the code that occurred"
+        ),
+    ]
 
 
 def excerpts(evaluator: Evaluator, params: Any, targets: Targets) -> Iterator[dict[str, str]]:

@@ -1,16 +1,15 @@
 """A picture of a clip, in constant memory: its waveform and its mel spectrogram."""
 
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
-from jaxtyping import Float64, Int16
+from jaxtyping import Float64, Int16, Int64
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from patchwave_jax.data.audio import SAMPLE_RATE
 from patchwave_jax.generation.clips import WAV_HEADER_BYTES
-
-matplotlib.use("agg")
 
 COLUMNS = 1200  # of the picture: longer clips are subsampled, shorter ones have fewer
 FRAME_SAMPLES = 1024
@@ -36,27 +35,37 @@ def mel_spectrogram(frames: Int16[np.ndarray, "T S"]) -> Float64[np.ndarray, "M 
     return 10 * np.log10(mel_filters() @ power.T + 1e-10)
 
 
+def frames_at(
+    pcm: Int16[np.ndarray, " n"], starts: Int64[np.ndarray, " T"]
+) -> Int16[np.ndarray, "T S"]:
+    """The frames that begin at `starts`, padded with zeros."""
+    frames = np.zeros((starts.size, FRAME_SAMPLES), np.int16)
+    for frame, start in zip(frames, starts, strict=True):
+        found = pcm[start : start + FRAME_SAMPLES]
+        frame[: found.size] = found
+    return frames
+
+
+def show_mel(axes: Axes, power: Float64[np.ndarray, "M T"], seconds: float, **style: Any) -> None:
+    """Draws a mel spectrogram over `seconds`."""
+    extent = (0.0, seconds, 0.0, float(MELS))
+    axes.imshow(power, origin="lower", aspect="auto", extent=extent, **style)
+
+
 def plot(wav: Path, prompt_samples: int, title: str) -> Path:
     """Draws a WAV file that this package wrote, with the prompt marked, to a PNG beside it."""
     pcm = np.memmap(wav, "<i2", "r", WAV_HEADER_BYTES)
     step = max(HOP_SAMPLES, -(-pcm.size // COLUMNS))
     starts = np.arange(0, max(pcm.size, 1), step)
-    frames = np.zeros((starts.size, FRAME_SAMPLES), np.int16)
-    low, high = np.zeros(starts.size), np.zeros(starts.size)
-    for i, start in enumerate(starts):
-        frame = pcm[start : start + FRAME_SAMPLES]
-        frames[i, : frame.size] = frame
-        stretch = pcm[start : start + step]
-        low[i], high[i] = stretch.min() / 32768, stretch.max() / 32768
+    stretches = [pcm[start : start + step] / 32768 for start in starts]
+    low, high = ([extreme(x) for x in stretches] for extreme in (np.min, np.max))
     seconds = starts / SAMPLE_RATE
     figure = Figure(figsize=(12, 6), layout="constrained")
     wave, mel = figure.subplots(2, sharex=True)
     wave.fill_between(seconds, low, high, linewidth=0.5, step="post")
     wave.set(title=title, ylabel="amplitude", ylim=(-1, 1))
-    extent = (0.0, float(seconds[-1] + step / SAMPLE_RATE), 0.0, float(MELS))
-    mel.imshow(
-        mel_spectrogram(frames), origin="lower", aspect="auto", extent=extent, vmin=-90, vmax=0
-    )
+    power = mel_spectrogram(frames_at(pcm, starts))
+    show_mel(mel, power, float(seconds[-1] + step / SAMPLE_RATE), vmin=-90, vmax=0)
     mel.set(xlabel="seconds", ylabel="mel band, to 8 kHz")
     for axes in (wave, mel):
         if prompt_samples:

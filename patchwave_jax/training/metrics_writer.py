@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import struct
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int16
 from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import masked_crc32c
+from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import audio, scalar
 from tqdm import tqdm
 
@@ -44,11 +43,12 @@ class MetricsWriter:
         board = Path(workdir) / "tensorboard"
         board.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
-        self._board = (board / name if first else Path(os.devnull)).open("wb", buffering=0)
+        self._board = RecordWriter(str(board / name)) if first else None
         self._record(0, file_version="brain.Event:2")
         # Makes TensorBoard drop what other files hold of the steps from here on.
         restart = _pb.SessionLog(status=_pb.SessionLog.START)
         self._record(first_step + 1, session_log=restart)
+        self._flush()
         minutes = [json.loads(row).get("minutes", 0.0) for row in kept[-1:]]
         self._start = time.monotonic() - 60 * (minutes[0] if minutes else 0.0)
         self._bar = tqdm(
@@ -64,7 +64,8 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
         self._file.close()
 
     @property
@@ -84,6 +85,7 @@ class MetricsWriter:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._record(step, summary=scalar(f"{kind}/{name}", value))
+        self._flush()
         bits = values["nll_bits"]
         if kind == "train":
             per_second = values["targets_per_second"]
@@ -104,12 +106,16 @@ class MetricsWriter:
         for i, clip in enumerate(pcm):
             sound = audio(f"sample/{i}", clip / 2.0**15, sample_rate=SAMPLE_RATE)
             self._record(step, summary=sound)
+        self._flush()
 
     def _record(self, step: int, **what: Any) -> None:
-        data = _pb.Event(wall_time=time.time(), step=step, **what).SerializeToString()
-        size = struct.pack("<Q", len(data))
-        sums = (struct.pack("<I", masked_crc32c(part)) for part in (size, data))
-        self._board.write(size + next(sums) + data + next(sums))
+        if self._board:
+            event = _pb.Event(wall_time=time.time(), step=step, **what)
+            self._board.write(event.SerializeToString())
+
+    def _flush(self) -> None:
+        if self._board:
+            self._board.flush()
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""

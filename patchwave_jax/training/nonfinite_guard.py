@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 
 from patchwave_jax.data.windows import Windows
 from patchwave_jax.errors import UserError
+from patchwave_jax.evaluation.nll import LN2
 from patchwave_jax.runtime.distributed import is_first, to_host
 
 MOST_IN_A_ROW = 10  # skipped steps; then the run ends
@@ -108,8 +109,8 @@ class NonFiniteGuard:
                 batch = self._windows[step - 1]
                 most = np.array([row_nats.argmax()])
                 self._say(
-                    f"step {step}: the loss spiked to {nats / math.log(2):.3f} bits, from a median "
-                    f"of {median / math.log(2):.3f} over {SPIKE_HISTORY} steps; most of it from "
+                    f"step {step}: the loss spiked to {nats / LN2:.3f} bits, from a median "
+                    f"of {median / LN2:.3f} over {SPIKE_HISTORY} steps; most of it from "
                     f"{self._places(batch, most)}"
                 )
         self._history.append(nats)

@@ -34,7 +34,8 @@ def noise() -> np.ndarray:
 
 def fit_by_hand(newest: np.ndarray, taps: int) -> tuple[np.ndarray, float]:
     """Float64 normal equations: the coefficients and the variance of the error."""
-    taper, window = least_squares._taper(newest.size).astype(np.float64), newest.size
+    taper = least_squares.taper(newest.size).astype(np.float32).astype(np.float64)
+    window = newest.size
     r = np.correlate(newest * taper, newest * taper, "full")[window - 1 :][: taps + 1]
     r[0] = r[0] * (1 + least_squares.RIDGE * taps) + least_squares.FLOOR * window
     fitted = solve_toeplitz(r[:-1], r[1:])

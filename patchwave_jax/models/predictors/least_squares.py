@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Float64
 from scipy.fft import next_fast_len
 
 from patchwave_jax.models import fft
@@ -31,12 +31,12 @@ def fit(
     Returns:
       The coefficients, newest sample's first, and the variance of the prediction error.
     """
-    samples, taper = newest.shape[1], _taper(newest.shape[1])
+    samples, window = newest.shape[1], taper(newest.shape[1]).astype(np.float32)
     size: Any = next_fast_len(samples + taps, real=True)  # its stub says None
-    correlation = fft.autocorrelation(newest * taper, size, taps + 1)
+    correlation = fft.autocorrelation(newest * window, size, taps + 1)
     energy = correlation[:, 0] * (1 + RIDGE * taps) + FLOOR * samples
     fitted, error = _solve(correlation.at[:, 0].set(energy))
-    return fitted, error * energy / np.square(taper).sum()
+    return fitted, error * energy / np.square(window).sum()
 
 
 def _solve(
@@ -74,11 +74,11 @@ def _solve(
     return -forward[:, 1:], error[:, 0]
 
 
-def _taper(samples: int) -> Float32[np.ndarray, " W"]:
+def taper(samples: int) -> Float64[np.ndarray, " W"]:
     """A slow rise and a quick fall: the asymmetric window of backward-adaptive codecs."""
     rise = np.sin(np.pi / 2 * (np.arange(samples - FALL_SAMPLES) + 0.5) / (samples - FALL_SAMPLES))
     fall = np.cos(np.pi / 2 * (np.arange(FALL_SAMPLES) + 0.5) / FALL_SAMPLES)
-    return np.concatenate([rise**2, fall]).astype(np.float32)
+    return np.concatenate([rise**2, fall])
 
 
 def map_blocks(of_block: Callable[[Array], Any], starts: Array, taps: int) -> Any:
