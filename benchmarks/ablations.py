@@ -51,7 +51,6 @@ CHOICES: dict[str, dict[str, Any]] = {
     "learning rate 8e-3": {"train.learning_rate": 8e-3, "train.final_learning_rate": 8e-5},
     "constant learning rate": {"train.schedule": "drop", "train.decay_steps": 10**6},
     "weight decay 0.1": {"train.weight_decay": 0.1},
-    "every second target of two rows": {"train.batch_size": 2, "train.hop": 2},
     "half the filters, twice the readout": {
         "model.filters": (32, 32, 32, 32),
         "model.readout_width": 512,

@@ -42,7 +42,7 @@ def gradient_afterwards(function: Callable, tree: Any, fixed: Any = (), *, axis:
     return values.mean(), values
 
 
-def plain_attention(self: transformer.Attention, x, causal: bool, folded: Any = None):
+def plain_attention(self: transformer.Attention, x, causal: bool, folded=None, cache=None):
     """Queries, keys and values of each head, and all scores."""
     heads = (*x.shape[:2], self.config.num_heads, self.config.head_size)
     query, key, values = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
@@ -50,7 +50,7 @@ def plain_attention(self: transformer.Attention, x, causal: bool, folded: Any = 
     mask = jnp.tril(jnp.ones((x.shape[1],) * 2, bool)) if causal else True
     weights = jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), -jnp.inf))
     mixed = jnp.einsum("mhqs,mshk->mqhk", weights.astype(x.dtype), values)
-    return self.output(mixed.reshape(*x.shape[:2], -1))
+    return self.output(mixed.reshape(*x.shape[:2], -1)), cache
 
 
 def all_scores(folded: transformer.Folded, x):

@@ -21,9 +21,7 @@ from flax import nnx
 
 from patchwave_jax import recipes
 from patchwave_jax.config import Config
-from patchwave_jax.runtime.memory import choose_chunks
-
-NO_DROPOUT = {"conv_dropout": 0.0, "mlp_dropout": 0.0, "head_dropout": 0.0, "token_dropout": 0.0}
+from patchwave_jax.runtime.memory import choose_execution
 
 
 def seconds(function: Any, *args: Any, runs: int) -> float:
@@ -44,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
 
     paper = recipes.paper(args.context_samples)
-    last = dataclasses.replace(paper, model=dataclasses.replace(paper.model, **NO_DROPOUT))
+    last = dataclasses.replace(paper, model=dataclasses.replace(paper.model, **recipes.NO_DROPOUT))
     dense = dataclasses.replace(last, objective="dense")
     rng, result = np.random.default_rng(0), {}
     for config in (last, dense):
@@ -53,8 +51,8 @@ def main() -> None:
     result = {
         "context_samples": args.context_samples,
         "patch_form_seconds_per_target": result["last"],
-        "dense_form_seconds_per_target": result["dense"] / dense.targets_per_row,
-        "ratio": result["last"] / (result["dense"] / dense.targets_per_row),
+        "dense_form_seconds_per_target": result["dense"] / dense.context_samples,
+        "ratio": result["last"] / (result["dense"] / dense.context_samples),
         "runs": args.runs,
         "machine": f"{platform.machine()}, {jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
@@ -64,14 +62,11 @@ def main() -> None:
 
 def gradient(config: Config) -> Any:
     """The jitted gradient of one row's loss."""
-    graphdef, params = nnx.split(config.build_model(nnx.Rngs(0)))
-    phase_chunk, chunk_patches = choose_chunks(config, 1, jax.devices()[0])
+    execution = choose_execution(config, 1, jax.devices()[0])
+    graphdef, params = nnx.split(config.build_model(nnx.Rngs(0), execution))
 
     def loss(params: Any, codes: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        if config.objective == "last":
-            return -model.next_sample_log_prob(codes).mean()
-        return model.dense_nats(codes, phase_chunk=phase_chunk, chunk_patches=chunk_patches)[0]
+        return nnx.merge(graphdef, params).loss(codes, (), True, None)[0]
 
     return functools.partial(jax.jit(jax.grad(loss)), params)
 

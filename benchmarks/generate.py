@@ -1,11 +1,11 @@
 """Samples generated per second: `python benchmarks/generate.py`. Prints one JSON object.
 
 The model is the paper's in size (`PatchWaveConfig()`, causal; with `--dense` our recipe's), with
-random weights and caches filled with numbers: what it computes does not depend on them. Every rate
-is the median over chunks at the end of a full context, where a sample costs most. What the window's
-slide costs, every half a context, is measured with `--slides`. The naive way is the patch form, run
-anew for every sample. `bare` is a bound: a loop of nothing but the products with the weights and
-the cached tokens that a sample needs.
+random weights and caches of arbitrary numbers: speed does not depend on them. Every rate is the
+median over chunks at the end of a full context, where a sample costs most. The cost of the window's
+slide, every half a context, is measured with `--slides`. The naive way is the patch form, repeated
+for every sample. `bare` is a bound: a loop of only the products with the weights and the
+cached tokens that a sample needs.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import re
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def cached(config: Config, params, num: int, seconds: float, slides: bool) -> di
             sampler.prime(codes, config.context_samples)
             sampler.run(1)
             slide = time.perf_counter() - start
-        samples = sampler.stride_patches * config.patch_samples
+        samples = sampler.stride_patches * config.window_unit
         found["slide_seconds"] = round(slide, 2)
         seconds_each = num / statistics.median(rates[1:]) + slide / samples
         found["samples_per_second_with_slides"] = round(num / seconds_each)
@@ -85,7 +86,7 @@ def cached(config: Config, params, num: int, seconds: float, slides: bool) -> di
 
 def bare(config: Config, params, num: int) -> dict[str, object]:
     """Rate of `num` streams if a sample cost only its products, and how many these are."""
-    model = config.patch_model
+    model: Any = config.model
     mesh = make_mesh(min(num, jax.device_count()))
     # Folded, the attention has matrices of the shapes of its queries' and its output's.
     kernels = [
@@ -95,7 +96,7 @@ def bare(config: Config, params, num: int) -> dict[str, object]:
     ]
     rows, phases = num // mesh.size, min(model.patch_samples, 100)
     queries = jnp.ones((rows, model.num_heads, model.width))
-    cache = np.ones((model.num_layers, phases, rows, config.patches, model.width), np.float32)
+    cache = np.ones((model.num_layers, phases, rows, config.window_units, model.width), np.float32)
 
     def loop(kernels, caches):
         inputs = [jnp.ones((rows, x.shape[0])) for x in kernels]
@@ -121,7 +122,7 @@ def bare(config: Config, params, num: int) -> dict[str, object]:
         run(kernels, caches).block_until_ready()
         times.append(time.perf_counter() - start)
     products = (
-        sum(x.size for x in kernels) + 2 * queries[0].size * model.num_layers * config.patches
+        sum(x.size for x in kernels) + 2 * queries[0].size * model.num_layers * config.window_units
     )
     return {
         "samples_per_second": round(num * CHUNK_SAMPLES / statistics.median(times[1:])),
@@ -131,8 +132,13 @@ def bare(config: Config, params, num: int) -> dict[str, object]:
 
 def naive(config: Config, params, samples: int) -> dict[str, object]:
     """Rate of one stream in the patch form."""
-    graphdef = nnx.split(nnx.eval_shape(lambda: config.build_model(nnx.Rngs(0))))[0]
-    forward = jax.jit(lambda params, x: nnx.merge(graphdef, params).next_sample_logits(x))
+    graphdef, _ = config.abstract_model()
+
+    @jax.jit
+    def forward(params: Any, window: jax.Array) -> jax.Array:
+        model: Any = nnx.merge(graphdef, params)
+        return model.next_sample_logits(window)
+
     window = np.random.default_rng(0).integers(0, 256, (1, config.context_samples), np.uint8)
     forward(params, window).block_until_ready()
     times = []

@@ -2,14 +2,13 @@
 
     python -m benchmarks.table1 --budget_minutes=30 --dataset=audio_folder --data_dir=DIR --out=DIR
 
-Trains the paper's `last` objective, ours, WaveNet, SampleRNN and SaShiMi one after another, each in
-a process of its own and for the same minutes of training; compiling and measuring are not counted.
+Trains the paper's `last` objective, ours, and the baselines one after another, each in a process of
+its own and for the same minutes of training; compiling and measuring are not counted.
 All are measured on the same targets: stretches of 2,000 samples drawn from clips of 131,072, with
 the context that each system has there. Writes OUT/NAME.json for each, whose checkpoint is in
 OUT/NAME, then OUT/table1.md and OUT/table1.png. A system whose JSON is there is not run again.
 
-The networks are full-size but for ours, which is `configs/laptop.py`. Steps are small enough for
-two CPU cores: few rows (`--batch wavenet=4` for others) and for WaveNet and SaShiMi windows of
+The networks are full-size but ours, which is `configs/laptop.py`. Steps are sized for two CPU cores: few rows (`--batch wavenet=4` for others) and for WaveNet, SaShiMi and MEGABYTE windows of
 16,384 instead of 131,072. With `--full` all steps, and our network, are as in `configs/`. Learning
 rates are each recipe's own; they fall over as many steps as a short trial says will fit. Samples a
 second are those of one stream in the middle of a window, without slides.
@@ -29,7 +28,6 @@ from typing import Any
 import jax
 import numpy as np
 from matplotlib.figure import Figure
-from patchwave_jax.generation.recurrent import make_sampler
 
 from patchwave_jax import recipes, train
 from patchwave_jax.checkpoint import Checkpoints
@@ -39,10 +37,11 @@ from patchwave_jax.data.index import Split, open_split
 from patchwave_jax.data.manifest import default_data_dir
 from patchwave_jax.data.windows import batches
 from patchwave_jax.errors import UserError, exits_cleanly
-from patchwave_jax.evaluation import evaluator as evaluator_module
 from patchwave_jax.evaluation import measure, protocol
+from patchwave_jax.evaluation.evaluator import Evaluator
 from patchwave_jax.generation.sampler import CHUNK_SAMPLES, Sampler
 from patchwave_jax.models.base import count_parameters
+from patchwave_jax.models.megabyte import MegabyteConfig
 from patchwave_jax.models.samplernn import SampleRNNConfig
 from patchwave_jax.models.sashimi import SaShiMiConfig
 from patchwave_jax.models.wavenet import WaveNetConfig
@@ -54,7 +53,7 @@ from patchwave_jax.training.step import Step, make_step
 SPAN_SAMPLES = 2_000  # whole patches of all systems, so that windows share their ends
 TRIAL_SECONDS = 20.0
 GENERATION_SECONDS = 10.0
-SYSTEMS = ("paper-last", "ours", "wavenet", "samplernn", "sashimi")
+SYSTEMS = ("paper-last", "ours", "wavenet", "samplernn", "sashimi", "megabyte")
 
 
 def configuration(name: str, full: bool) -> Config:
@@ -68,6 +67,9 @@ def configuration(name: str, full: bool) -> Config:
         return sized(config, full, context_samples=16_384, batch_size=2)
     if name == "sashimi":
         config = recipes.baseline(SaShiMiConfig(num_layers=6), learning_rate=4e-3)
+        return sized(config, full, context_samples=16_384, batch_size=2)
+    if name == "megabyte":
+        config = recipes.baseline(MegabyteConfig(), learning_rate=2e-4, clip_norm=0.5)
         return sized(config, full, context_samples=16_384, batch_size=2)
     config = recipes.baseline(
         SampleRNNConfig(), learning_rate=1e-3, batch_size=128, micro_batch_size=0, clip_norm=1.0
@@ -119,7 +121,7 @@ def draw_spans(split: Split, clip_samples: int, count: int) -> Spans:
 
 
 def measure_spans(
-    evaluator: evaluator_module.Evaluator,
+    evaluator: Evaluator,
     params: Any,
     split: Split,
     clip_samples: int,
@@ -173,14 +175,10 @@ def peak_bytes() -> int:
 def generation_rate(config: Config, params: Any) -> float:
     """Samples a second of one stream."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
-    sampler = make_sampler(config, jax.device_get(params), mesh, num=1)
-    sampler.prime(np.zeros((1, 0), np.uint8), 0)
-    made, taken = 0, 0.0
+    sampler = Sampler(config, jax.device_get(params), mesh, num=1)
+    taken, made = 0.0, 0
     while taken < GENERATION_SECONDS:
-        if isinstance(sampler, Sampler):
-            sampler.fill_dummy_state(config.context_samples - CHUNK_SAMPLES)
-        elif sampler.position + CHUNK_SAMPLES >= config.context_samples:
-            sampler.prime(np.zeros((1, 0), np.uint8), 0)
+        sampler.fill_dummy_state(config.context_samples - CHUNK_SAMPLES)
         begin = time.monotonic()
         codes, _ = sampler.run()
         if made or taken:
@@ -191,8 +189,8 @@ def generation_rate(config: Config, params: Any) -> float:
     return made / taken
 
 
-def run_system(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains and measures one system."""
+def open_data(name: str, args: argparse.Namespace) -> tuple[Config, dict[str, Split]]:
+    """A system's configuration on the data of the command line, and its splits."""
     data_dir = args.data_dir or default_data_dir()
     ensure_built(args.dataset, data_dir)
     splits = {
@@ -202,17 +200,18 @@ def run_system(name: str, args: argparse.Namespace) -> dict[str, Any]:
     data = DataConfig(dataset=args.dataset, data_dir=str(data_dir), distinct_positions=0)
     config = dataclasses.replace(configuration(name, args.full), data=data)
     rows = dict(item.split("=") for item in args.batch).get(name, config.train.batch_size)
-    config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, batch_size=int(rows))
-    )
+    recipe = dataclasses.replace(config.train, batch_size=int(rows))
+    return dataclasses.replace(config, train=recipe), splits
+
+
+def run_system(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains and measures one system."""
+    config, splits = open_data(name, args)
     windows = train.make_windows(config, splits["train"])
     budget = args.budget_minutes * 60
     config = timed_schedule(config, round(budget / trial(config, windows)))
     peak = peak_bytes()  # of training: nothing was measured yet
-    made, evaluator = (
-        make_step(config, make_mesh()),
-        evaluator_module.Evaluator(config, make_mesh()),
-    )
+    made, evaluator = make_step(config, make_mesh()), Evaluator(config, make_mesh())
     spans = draw_spans(splits["validation"], args.clip_samples, args.validation_spans)
     curve: list[dict[str, float]] = []
     trained, done = 0.0, 0
@@ -227,7 +226,7 @@ def run_system(name: str, args: argparse.Namespace) -> dict[str, Any]:
         return found.nll_nats
 
     with Checkpoints(args.out / name, keep=1) as checkpoints:
-        state, _, _ = train.restore_or_init(config, made, checkpoints, splits["train"])
+        state = train.restore_or_init(config, made, checkpoints, splits["train"]).state
         source = batches(windows, 0)
         validate(state["params"])
         state, _ = advance(made, state, source)  # compiles, and is not timed
@@ -257,9 +256,9 @@ def run_system(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "steps": done,
         "scheduled_steps": config.train.num_steps,
         "batch_size": config.train.batch_size,
-        "targets_seen": done * train.step_targets(config),
+        "targets_seen": done * config.targets_per_step,
         "training_minutes": trained / 60,
-        "training_targets_per_second": done * train.step_targets(config) / trained,
+        "training_targets_per_second": done * config.targets_per_step / trained,
         "generation_samples_per_second": generation_rate(config, state["params"]),
         "peak_bytes": peak,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -333,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if unknown := sorted({*args.only, *(b.split("=")[0] for b in args.batch)} - set(SYSTEMS)):
-        raise UserError(f"{unknown[0]!r} is no system; there are {', '.join(SYSTEMS)}")
+        raise UserError(f"{unknown[0]!r} is not a system; the systems are {', '.join(SYSTEMS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.here:
         path = args.out / f"{args.only[0]}.json"

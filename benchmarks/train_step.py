@@ -25,20 +25,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from patchwave_jax.planning.flops import useful_flops
 
 from patchwave_jax import recipes
 from patchwave_jax.config import Config
 from patchwave_jax.models.chunking import mean_over_chunks
+from patchwave_jax.models.patchwave import cost
+from patchwave_jax.models.patchwave.model import PatchWave
 from patchwave_jax.runtime.distributed import keep_compilations
-from patchwave_jax.runtime.memory import choose_chunks
+from patchwave_jax.runtime.memory import choose_execution
 from patchwave_jax.runtime.mesh import make_mesh
 from patchwave_jax.training.step import make_step
 
 REFERENCE_SIZE = 2048
 CHUNKS = 6  # of phases, for the Transformer and the head alone
 CONFIGS = ["parts:128000", "paper:128000", "ours:128000"]
-PLAIN = {"conv_dropout": 0.0, "mlp_dropout": 0.0, "head_dropout": 0.0, "token_dropout": 0.0}
 
 
 def configuration(name: str, context: int) -> Config:
@@ -52,7 +52,11 @@ def configuration(name: str, context: int) -> Config:
     else:
         config = recipes.paper(context)
         objective = "last" if name == "last" else "dense"
-        model = config.model if name == "dropout" else dataclasses.replace(config.model, **PLAIN)
+        model = (
+            config.model
+            if name == "dropout"
+            else dataclasses.replace(config.model, **recipes.NO_DROPOUT)
+        )
         config = dataclasses.replace(config, objective=objective, model=model)
     train = dataclasses.replace(config.train, batch_size=1, micro_batch_size=1)
     return dataclasses.replace(config, train=train)
@@ -83,6 +87,11 @@ def measured(run: Callable[[], Any], runs: int) -> tuple[float, float]:
     return seconds[middle], around[middle]
 
 
+def useful_flops(config: Config) -> dict[str, float]:
+    """Of one row, by part."""
+    return cost.useful_flops(config.model, config.context_samples, config.causal)
+
+
 def report(seconds: float, rate: float, flops: float, targets: int) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 3),
@@ -111,7 +120,8 @@ def step(config: Config, runs: int) -> dict[str, Any]:
     else:  # the first run is all there is time for
         _, rate = measured(lambda: None, 1)
         seconds = first
-    found = report(seconds, rate, useful_flops(config), config.targets_per_row)
+    flops = sum(useful_flops(config).values())
+    found = report(seconds, rate, flops, config.targets_per_step)
     if config.objective == "last":
         for key in ("useful_gflops_per_second", "share_of_matmul"):
             del found[key]
@@ -124,18 +134,19 @@ def step(config: Config, runs: int) -> dict[str, Any]:
 
 def parts(config: Config, runs: int) -> dict[str, Any]:
     """Encoder, Transformer and softmax head alone, forward and backward, on a part of a row."""
-    model = config.build_model(nnx.Rngs(0))
+    model: Any = config.build_model(nnx.Rngs(0))
     graphdef, params = nnx.split(model)
-    patches, width = config.patches, config.patch_model.width
-    chunk = choose_chunks(config, 1, jax.devices()[0])[0]
+    size, patches, width = config.window_unit, config.window_units, model.config.width
+    chunk = choose_execution(config, 1, jax.devices()[0]).phase_chunk or 1
     rng = np.random.default_rng(0)
     few, count = max(1, patches // 8), CHUNKS * chunk * patches
-    codes = rng.integers(0, 256, (1, (few + 1) * config.patch_model.patch_samples), np.uint8)
+    codes = rng.integers(0, 256, (1, (few + 1) * size), np.uint8)
     tokens = rng.normal(size=(1, patches, CHUNKS * chunk, width)).astype(np.float32)
     targets = rng.integers(0, 256, tokens.shape[:3], np.uint8)
 
     def encoder(params: Any) -> jax.Array:
-        return nnx.merge(graphdef, params).encode_segment(jnp.asarray(codes)).tokens.sum()
+        model: PatchWave = nnx.merge(graphdef, params)
+        return model.encoder.every_offset(jnp.asarray(codes)[:, :-1], few * size)[0].sum()
 
     def transformer(params: Any, tokens: Any) -> jax.Array:
         model = nnx.merge(graphdef, params)
@@ -143,7 +154,7 @@ def parts(config: Config, runs: int) -> dict[str, Any]:
 
         def states(tokens: jax.Array, *_: Any) -> jax.Array:
             sequences = jnp.swapaxes(tokens, 1, 2).reshape(-1, patches, width)
-            return model.transform(sequences, None, folded).mean()
+            return model.transform(sequences, None, folded)[0].mean()
 
         return mean_over_chunks(states, tokens, axis=2, size=chunk)[0]
 
@@ -151,21 +162,21 @@ def parts(config: Config, runs: int) -> dict[str, Any]:
         model = nnx.merge(graphdef, params)
 
         def log_prob(piece: Any, *_: Any) -> jax.Array:
-            hidden = model.hidden(piece[0], None, None)
-            return model.head.log_prob(hidden, None, piece[1]).mean()
+            hidden = model.hidden(piece[0], None, ())
+            return model.head.log_prob(hidden, piece[1]).mean()
 
         return mean_over_chunks(log_prob, (tokens, targets), axis=2, size=chunk)[0]
 
     found = {}
     for name, gradient, args, targets_of in (
-        ("encoder", jax.grad(encoder), (params,), few * config.patch_model.patch_samples),
+        ("encoder", jax.grad(encoder), (params,), few * size),
         ("transformer", jax.grad(transformer, (0, 1)), (params, tokens), count),
         ("head", jax.grad(head, (0, 1)), (params, tokens), count),
     ):
         compiled = jax.jit(gradient)
         jax.block_until_ready(compiled(*args))
         seconds, rate = measured(lambda f=compiled, a=args: f(*a), runs)
-        flops = useful_flops(config, name) * targets_of / config.targets_per_row
+        flops = useful_flops(config)[name] * targets_of / config.targets_per_step
         found[name] = report(seconds, rate, flops, targets_of)
     return found
 

@@ -7,14 +7,12 @@ Prints JSON and a Markdown table.
 """
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import optax
 import optax.contrib
 from flax import nnx
@@ -45,9 +43,9 @@ def readout(activation: Callable, *, layers: int = 1, scale: float = 1.0) -> Pat
         width = config.readout_width
         self.more = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(layers - 1)])
 
-    def hidden(self, states, skip, prediction, key=None):
+    def hidden(self, states, skip, conditioning, key=None):
         x = self.norm(states if skip is None else states + skip).astype(states.dtype)
-        x = activation(self.readout(jnp.concatenate([x, prediction.features.astype(x.dtype)], -1)))
+        x = activation(self.readout(self.head.readout_inputs(x, *conditioning)))
         for layer in self.more:
             x = x + activation(layer(x))
         return x
@@ -58,22 +56,29 @@ def readout(activation: Callable, *, layers: int = 1, scale: float = 1.0) -> Pat
 @contextlib.contextmanager
 def average(decay: float) -> Iterator[None]:
     """Validates an exponential average of the weights; its first steps weigh what there is."""
-    make, mix = train.make_step, jax.jit(optax.incremental_update)
+    update, validate = step.Step.update, train.Validator.validate
+    mix, kept, steps = jax.jit(optax.incremental_update), None, 0
 
-    def make_step(config, mesh):
-        made, kept, steps = make(config, mesh), None, 0
+    def update_average(made, state, codes):
+        nonlocal kept, steps
+        state, metrics = update(made, state, codes)
+        steps += 1
+        new = 1 - min(decay, steps / (steps + 9))
+        kept = mix(state["params"], state["params"] if kept is None else kept, new)
+        return state, metrics
 
-        def update(state, codes):
-            nonlocal kept, steps
-            state, metrics = made.update(state, codes)
-            steps += 1
-            new = 1 - min(decay, steps / (steps + 9))
-            kept = mix(state["params"], state["params"] if kept is None else kept, new)
-            return state, metrics
+    def validate_average(validator, run, metrics, folder):
+        own = run.state
+        run.state = {**own, "params": kept}
+        try:
+            return validate(validator, run, metrics, folder)
+        finally:
+            run.state = own
 
-        return dataclasses.replace(made, update=update, whole=lambda params: kept)
-
-    with mock.patch.object(train, "make_step", make_step):
+    with (
+        mock.patch.object(step.Step, "update", update_average),
+        mock.patch.object(train.Validator, "validate", validate_average),
+    ):
         yield
 
 

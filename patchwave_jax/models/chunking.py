@@ -1,4 +1,4 @@
-"""Running a function over chunks of an axis, one after the other, to need less memory."""
+"""Running a function over chunks of an axis, one after the other, to save memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,11 +33,11 @@ def mean_over_chunks(
 ) -> tuple[Float32[Array, ""], Float32[Array, "*shape"]]:
     """The mean of `function(chunk, fixed_chunk, index)` over chunks of `size` along an axis.
 
-    The chunks are of `tree` and of `fixed`, which needs no gradient. The gradient of the first
-    result, the mean over everything, is computed along with it, chunk by chunk, as far as `tree`
-    and what `function` closes over: whatever the number of chunks, the intermediate results of only
-    one are in memory (and in the caches of a CPU), and none is computed twice. The second result is
-    the mean over chunks alone, without a gradient.
+    The chunks are of `tree` and of `fixed`, which needs no gradient. The first result is the mean
+    over everything. Its gradient with respect to `tree` and to what `function` closes over is
+    computed along with it, chunk by chunk: the intermediate results of only one chunk are in memory
+    (and in the caches of a CPU), and none is computed twice. The second result is the mean over
+    chunks alone, without a gradient.
 
     Raises:
       ValueError: if `size` does not divide the axis.
@@ -121,17 +121,17 @@ def _sum_and_gradients(
 
 
 def recomputed(function: Callable[[Array, Any], Any], pieces: list[tuple[Array, Any]]) -> list[Any]:
-    """`[function(*piece) for piece in pieces]`, where of each piece the first part are codes.
+    """`[function(*piece) for piece in pieces]`; the first part of each piece are codes.
 
-    One comes after the other, and nothing is kept for the backward pass but what `function`
-    closes over. `jax.checkpoint` does not do that: XLA's CPU backend drops its barriers, finds
-    the same computation twice and keeps the first, and runs all pieces side by side. So each
+    Pieces are computed one after the other, and only what `function` closes over is kept for the
+    backward pass. `jax.checkpoint` does not achieve this: XLA's CPU backend drops its barriers,
+    merges the recomputation with the original, and runs all pieces in parallel. So each
     computation is made to depend on a result of the one before it.
     """
     pure, closed_over = jax.closure_convert(function, *pieces[0])
 
     def after(before: Array, codes: Array) -> Array:
-        # Adds nothing, unless what came before is NaN and all is lost. No compiler knows.
+        # Adds zero, unless `before` is NaN and the result is lost anyway; no compiler knows.
         return codes + jnp.isnan(before).astype(codes.dtype)
 
     @jax.custom_vjp
@@ -156,7 +156,7 @@ def recomputed(function: Callable[[Array, Any], Any], pieces: list[tuple[Array, 
 
 
 def _any(tree: Any) -> Array:
-    """A number that depends on all leaves."""
+    """A scalar that depends on all leaves."""
     return jnp.stack([x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(tree)]).sum()
 
 

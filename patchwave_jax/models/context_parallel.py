@@ -1,9 +1,9 @@
-"""One segment over several devices: time shards for the encoder, phase shards behind it.
+"""One segment over several devices: sharded in time for the encoder, by phase after it.
 
-The codes are bytes, so every device has all of a segment. It cuts out its own stretch of time with
-one patch of halo in front (and the history that adaptive predictors reach for) and encodes its
-N/C patches at all phases; one all-to-all turns that into all N patches at P/C phases. Phases never
-mix in what follows, so neither the Transformer nor the head nor the loss has to communicate.
+The codes are bytes, so every device holds the whole segment. It slices its own stretch of time, with
+one patch of halo in front (and the history that the head reads), and encodes its N/C patches at all
+phases. One all-to-all turns them into all N patches at P/C phases. Phases never mix after that, so
+the Transformer, the head and the loss do not communicate.
 
 Dimensions as in `patchwave_jax.models.patchwave.model`; `C` devices share a segment.
 """
@@ -26,21 +26,21 @@ TIME, PHASE = 1, 2  # axes of [B, N, P, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """A device's share of a segment, within `jax.shard_map` over the mesh axis `context`."""
+    """How devices share a segment, within `jax.shard_map` over the mesh axis `context`."""
 
     count: int  # C
 
     def own_stretch(
         self, codes: UInt8[Array, "B T"], size: int, history: int
     ) -> UInt8[Array, "B S"]:
-        """This device's N/C patches of `size` and the one in front, after `history` samples."""
+        """This device's N/C patches of `size` samples and the one before, after `history` samples."""
         samples = (codes.shape[1] // size - 1) // self.count * size
         known = jnp.pad(codes, ((0, 0), (history, 0)), constant_values=quantisers.SILENCE)
         start = lax.axis_index(AXIS) * samples
         return lax.dynamic_slice_in_dim(known, start, history + size + samples, 1)
 
     def own_phases(self, tree: Tree) -> Tree:
-        """This device's phases, [B, N, P/C, ...], of arrays [B, N, P, ...] that all have."""
+        """This device's phases [B, N, P/C, ...] of replicated arrays [B, N, P, ...]."""
 
         def own(x: Array) -> Array:
             phases = x.shape[PHASE] // self.count
@@ -65,7 +65,7 @@ _to_phases.defvjp(
 
 
 def _all_to_all(tree: Any, split_axis: int, concat_axis: int) -> Any:
-    """Moves all arrays of a tree at once, as words of their narrowest type."""
+    """One all-to-all of all arrays of a tree, as words of their narrowest type."""
     leaves, structure = jax.tree.flatten(tree)
     word = jnp.dtype(f"uint{8 * min(x.dtype.itemsize for x in leaves)}")
     words = [lax.bitcast_convert_type(x, word).reshape(*x.shape[:3], -1) for x in leaves]

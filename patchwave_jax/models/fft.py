@@ -1,14 +1,14 @@
 """Products of spectra: by the library's Fourier transforms, and on a TPU by matrix products.
 
-XLA's compiler for TPUs came to no end with SaShiMi's transforms of 262,144 samples, and was slow
-with those of the adaptive predictors (see docs/scaling.md). One of n = a b samples is one of a, a
+XLA's TPU compiler did not finish SaShiMi's transforms of 262,144 samples, and was slow with those of
+the adaptive predictors (docs/scaling.md). A transform of n = a b samples is one of a samples, a
 factor, and one of b (Cooley & Tukey, 1965):
 
     X[k + a l] = sum_j e^{-2 pi i jl/b} e^{-2 pi i jk/n} sum_h e^{-2 pi i hk/a} x[b h + j]
 
-With a and b near the square root of n these are products with small matrices, which is what a TPU
-is good at. Frequencies above n/2 are left out, as l stops at b/2; frequency k + a l stands at
-[l, k], and stays there until the way back. Real and imaginary parts are an axis of size 2.
+With a and b near the square root of n these are products with small matrices, which TPUs are good at.
+Frequencies above n/2 are left out, as l stops at b/2; frequency k + a l is at [l, k] until the inverse
+transform. Real and imaginary parts are an axis of size 2.
 """
 
 import math
@@ -19,13 +19,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-# On a TPU a float32 product has six passes in bfloat16, a "high" one three, and JAX's default one.
-# Three are enough for convolutions, not for what predictors are fitted to (tests/test_fourier.py).
+# On a TPU a float32 product takes six passes in bfloat16, a "high" one three, JAX's default one.
+# Three suffice for convolutions, but not for fitting predictors (tests/models/test_fft.py).
 _sum = jnp.einsum
 
 
 def convolution(x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Float[Array, "..."]:
-    """sum_l kernel[l] x[t - l] for each t, along the last axis, where both are equally long."""
+    """sum_l kernel[l] x[t - l] for each t, along the last axis, for equal lengths."""
     samples = x.shape[-1]
     n = 2 * samples
 
@@ -81,7 +81,7 @@ def _spectrum(
 def _samples(
     x: Float[Array, "... 2 l k"], n: int, precision: str = "high"
 ) -> Float[Array, "... n"]:
-    """The samples of a spectrum: the way back, by the same matrices transposed.
+    """The samples of a spectrum: the inverse, by the same matrices transposed.
 
     A frequency and its mirror image are one term.
     """

@@ -1,6 +1,6 @@
-"""The mesh of devices, and how arrays lie on it.
+"""The mesh of devices, and the shardings of arrays on it.
 
-It has the axis `data`, over which a batch's rows are split, and may have `context`, whose devices
+Its axis `data` splits a batch's rows; it may have an axis `context`, whose devices
 share each row (see `patchwave_jax.models.context_parallel`). Parameters are replicated.
 """
 
@@ -36,7 +36,7 @@ def make_mesh(context_devices: int = 1, devices: Sequence[Any] | None = None) ->
 
 
 def context_shards(config: Config, mesh: Mesh) -> Shards | None:
-    """How the devices along `context` share a row; None where one has it for itself.
+    """How the devices along `context` share a row; None if each row is on one device.
 
     Raises:
       UserError: if they can't share it evenly.
@@ -68,6 +68,6 @@ def by_rows(mesh: Mesh) -> NamedSharding:
 
 
 def one_device(mesh: Mesh) -> Any:
-    """One whose memory can be asked for: of this process, where it has any."""
+    """A device whose memory can be queried: of this process, if it has one."""
     devices, own = list(mesh.devices.flat), jax.process_index()
     return next((device for device in devices if device.process_index == own), devices[0])
