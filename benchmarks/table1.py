@@ -8,7 +8,8 @@ All are measured on the same targets: stretches of 2,000 samples drawn from clip
 the context that each system has there. Writes OUT/NAME.json for each, whose checkpoint is in
 OUT/NAME, then OUT/table1.md and OUT/table1.png. A system whose JSON is there is not run again.
 
-The networks are full-size but ours, which is `configs/laptop.py`. Steps are sized for two CPU cores: few rows (`--batch wavenet=4` for others) and for WaveNet, SaShiMi and MEGABYTE windows of
+The networks are full-size but ours, which is `configs/laptop.py`. Steps are sized for two CPU
+cores: few rows (`--batch wavenet=4` for others) and for WaveNet, SaShiMi and MEGABYTE windows of
 16,384 instead of 131,072. With `--full` all steps, and our network, are as in `configs/`. Learning
 rates are each recipe's own; they fall over as many steps as a short trial says will fit. Samples a
 second are those of one stream in the middle of a window, without slides.

@@ -1,9 +1,9 @@
 """One segment over several devices: sharded in time for the encoder, by phase after it.
 
-The codes are bytes, so every device holds the whole segment. It slices its own stretch of time, with
-one patch of halo in front (and the history that the head reads), and encodes its N/C patches at all
-phases. One all-to-all turns them into all N patches at P/C phases. Phases never mix after that, so
-the Transformer, the head and the loss do not communicate.
+The codes are bytes, so every device holds the whole segment. It slices its own stretch of time,
+with one patch of halo in front (and the history that the head reads), and encodes its N/C patches
+at all phases. One all-to-all turns them into all N patches at P/C phases. Phases never mix after
+that, so the Transformer, the head and the loss do not communicate.
 
 Dimensions as in `patchwave_jax.models.patchwave.model`; `C` devices share a segment.
 """
@@ -33,7 +33,7 @@ class Shards:
     def own_stretch(
         self, codes: UInt8[Array, "B T"], size: int, history: int
     ) -> UInt8[Array, "B S"]:
-        """This device's N/C patches of `size` samples and the one before, after `history` samples."""
+        """This device's N/C patches of `size` and the one before, after `history` samples."""
         samples = (codes.shape[1] // size - 1) // self.count * size
         known = jnp.pad(codes, ((0, 0), (history, 0)), constant_values=quantisers.SILENCE)
         start = lax.axis_index(AXIS) * samples

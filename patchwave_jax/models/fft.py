@@ -1,14 +1,14 @@
 """Products of spectra: by the library's Fourier transforms, and on a TPU by matrix products.
 
-XLA's TPU compiler did not finish SaShiMi's transforms of 262,144 samples, and was slow with those of
-the adaptive predictors (docs/scaling.md). A transform of n = a b samples is one of a samples, a
+XLA's TPU compiler did not finish SaShiMi's transforms of 262,144 samples, and was slow with those
+of the adaptive predictors (docs/scaling.md). A transform of n = a b samples is one of a samples, a
 factor, and one of b (Cooley & Tukey, 1965):
 
     X[k + a l] = sum_j e^{-2 pi i jl/b} e^{-2 pi i jk/n} sum_h e^{-2 pi i hk/a} x[b h + j]
 
-With a and b near the square root of n these are products with small matrices, which TPUs are good at.
-Frequencies above n/2 are left out, as l stops at b/2; frequency k + a l is at [l, k] until the inverse
-transform. Real and imaginary parts are an axis of size 2.
+With a and b near the square root of n these are products with small matrices, which TPUs are good
+at. Frequencies above n/2 are left out, as l stops at b/2; frequency k + a l is at [l, k] until the
+inverse transform. Real and imaginary parts are an axis of size 2.
 """
 
 import math

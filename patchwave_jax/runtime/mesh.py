@@ -1,7 +1,7 @@
 """The mesh of devices, and the shardings of arrays on it.
 
-Its axis `data` splits a batch's rows; it may have an axis `context`, whose devices
-share each row (see `patchwave_jax.models.context_parallel`). Parameters are replicated.
+Its axis `data` splits a batch's rows; it may have an axis `context`, whose devices share each row
+(see `patchwave_jax.models.context_parallel`). Parameters are replicated.
 """
 
 from collections.abc import Sequence
