@@ -175,7 +175,8 @@ class Config:
 
     def abstract_model(self, execution: Execution | None = None) -> tuple[Any, Any]:
         """The model's graph definition and its parameters' shapes; nothing is computed."""
-        return _abstract_model(self, execution)
+        execution = execution or Execution()
+        return _abstract_model(self.model, self.data.quantiser, self.causal, execution)
 
     def check(self) -> None:
         """Raises `UserError` naming the field that is wrong."""
@@ -195,9 +196,15 @@ class Config:
 
 
 @functools.cache  # tracing the initialisation takes half a second
-def _abstract_model(config: Config, execution: Execution | None) -> tuple[Any, Any]:
-    model = nnx.eval_shape(lambda: config.build_model(nnx.Rngs(config.seed), execution))
-    graphdef, params = nnx.split(model)
+def _abstract_model(
+    model: ModelConfig, quantiser: str, causal: bool, execution: Execution
+) -> tuple[Any, Any]:
+    def build() -> Model:
+        return model.build(
+            quantiser=quantiser, causal=causal, execution=execution, rngs=nnx.Rngs(0)
+        )
+
+    graphdef, params = nnx.split(nnx.eval_shape(build))
     return graphdef, params
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import sys
 import tempfile
+from importlib.metadata import version
 
 # Tests compile the same programs again and again: all processes of a run share them.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -11,13 +12,21 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
-# A third of the time is LLVM optimizing programs that then run for a moment.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the time is XLA compiling programs that then run for a moment. A process that does not
+# know one of its flags aborts, so newer versions of jaxlib get the oldest flag only.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+    if version("jaxlib").startswith("0.10.")
+    else "--xla_backend_optimization_level=0",
+)
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shared_programs
 from flax import nnx
 from scipy.signal import lfilter
 
@@ -101,10 +110,11 @@ def smooth_codes(rows: int, samples: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _small_batches():
-    """Otherwise most of what tests evaluate would be padding."""
+def _fast():
+    """Programs are shared, and smaller batches than usual: most of them would be padding."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "BATCH_SAMPLES", 500)
+        shared_programs.share(patch)
         yield
 
 

@@ -13,6 +13,7 @@ import soundfile as sf
 from conftest import SAMPLERNN, WAVENET, random_codes
 from flax import nnx
 from jax.sharding import AxisType
+from shared_programs import make_step
 from small_run import make_config, make_data, tones
 
 from patchwave_jax import evaluate, generate, report, score, train
@@ -23,14 +24,11 @@ from patchwave_jax.errors import UserError
 from patchwave_jax.evaluation import evaluator as evaluator_module
 from patchwave_jax.evaluation import measure, protocol
 from patchwave_jax.generation import check
-from patchwave_jax.generation.sampler import Sampler
-from patchwave_jax.generation.sampling_params import SamplingParams
 from patchwave_jax.models.base import log_prob as picked
 from patchwave_jax.models.sashimi import SaShiMiConfig, s4_parameters
 from patchwave_jax.training.optimizer import make_optimizer
-from patchwave_jax.training.step import make_step
 
-SASHIMI = SaShiMiConfig(width=8, num_layers=1, pools=(4, 2), state_size=8)
+SASHIMI = SaShiMiConfig(width=8, num_layers=1, pools=(4,), state_size=8)
 MODELS = {"wavenet": WAVENET, "samplernn": SAMPLERNN, "sashimi": SASHIMI}
 NAMES = list(MODELS)
 STEPS = 12
@@ -64,14 +62,6 @@ def mesh(devices=1):
     return jax.make_mesh(
         (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
     )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _small_batches():
-    """Otherwise most of a batch were padding here."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(evaluator_module, "BATCH_SAMPLES", 500)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +126,8 @@ def test_samplernn_updates_once_a_segment_with_what_it_carries():
             np.testing.assert_allclose(metrics["nll_nats"], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", [WAVENET, dataclasses.replace(SASHIMI, pools=(4,))])
-def test_eight_devices_train_as_one(model):
-    config = dataclasses.replace(small("wavenet"), model=model)
+def test_eight_devices_train_as_one():
+    config = small("wavenet")
     codes = random_codes(8, 256)
 
     def losses(devices):
@@ -208,6 +197,9 @@ def test_evaluation_and_scoring_agree(run, data_dir, tmp_path, capsys):
         sf.write(files[-1], split.read(i, 0, recording.num_samples), 16_000)
     score.main([f"--workdir={workdir}", *map(str, files)])
     assert f"{found['nll_bits']:.4f} bits" in capsys.readouterr().out.splitlines()[-1]
+    if config.model == WAVENET:
+        report.main([f"--workdir={workdir}", "--max_targets=2000"])
+        assert "bits per sample" in (workdir / "report.html").read_text()
 
 
 def test_all_models_are_measured_on_the_same_targets(data_dir):
@@ -247,23 +239,6 @@ def test_prompts_and_resuming(run, tmp_path):
         np.testing.assert_array_equal(whole, parts)
 
 
-def test_streams_are_the_same_on_eight_devices():
-    config = small("sashimi")
-    params = params_of("sashimi")
-    clips = []
-    for devices in (1, 8):
-        streams = Sampler(config, params, mesh(devices), num=11, sampling=SamplingParams(seed=3))
-        streams.prime(random_codes(11, 260), 260)
-        clips.append(streams.run(100)[1])
-    np.testing.assert_allclose(*clips, atol=1e-4)
-
-
-def test_a_report_is_written(run):
-    _, workdir = run
-    report.main([f"--workdir={workdir}", "--max_targets=2000"])
-    assert "bits per sample" in (workdir / "report.html").read_text()
-
-
 @pytest.mark.parametrize(
     ("name", "change", "field"),
     [
@@ -272,7 +247,7 @@ def test_a_report_is_written(run):
         ("samplernn", {"model.segment_samples": 40}, "model.segment_samples"),
         ("samplernn", {"model.frame_sizes": (4, 3, 2)}, "model.segment_samples"),
         ("samplernn", {"model.kind": "wavenets"}, "model.kind"),
-        ("sashimi", {"context_samples": 264}, "model.pools"),
+        ("sashimi", {"context_samples": 262}, "model.pools"),
         ("sashimi", {"model.pools": (4, 0)}, "model.pools"),
         ("sashimi", {"model.state_size": 7}, "model.state_size"),
         ("sashimi", {"model.num_layers": 0}, "model.num_layers"),

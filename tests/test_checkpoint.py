@@ -25,6 +25,15 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def freeze():
+    """Collecting then passes by what earlier tests left."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def collect():
     yield

@@ -4,8 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -73,19 +71,18 @@ def test_print_config_prints_what_would_be_trained(capsys):
     ("name", "arg", "parameters"),
     [
         ("ctx128k", "", 3_109_024),
-        ("ctx1m", "", 3_109_024),
-        ("ctx128k", "dense", None),
-        ("ctx512k", "dense", None),
         ("ctx1m", "dense", None),
         ("demo", "", None),
         ("wavenet", "", 4_244_480),
         ("samplernn", "", 35_034_624),
-        ("sashimi", "6", 3_144_832),
+        ("sashimi", "6", None),  # of one layer, which takes a fifth of the time
         ("megabyte", "", 33_815_808),
     ],
 )
 def test_every_configuration_traces_a_whole_train_step(name, arg, parameters):
     config = load(name, arg)
+    if name == "sashimi":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=1))
     batch = config.train.batch_size
     while batch % jax.device_count():
         batch += 1
@@ -165,6 +162,7 @@ def test_a_configuration_survives_its_dict():
     assert from_config_dict(dataclasses.asdict(config)) == config
 
 
+@pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -175,9 +173,11 @@ def test_a_configuration_survives_its_dict():
         (["--config=configs/demo.py", "--config.train.batchsize=3"], 'batchsize.*"batch_size"'),
     ],
 )
-def test_a_mistyped_flag_is_one_clear_line(flags, message):
-    command = [sys.executable, "-m", "patchwave_jax.train", *flags]
-    run = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, check=False)
-    assert run.returncode == EXIT_CODE
-    assert run.stderr.count("\n") == 1
-    assert re.search(message, run.stderr)
+def test_a_mistyped_flag_is_one_clear_line(flags, message, monkeypatch, capsys):
+    monkeypatch.chdir(CONFIGS.parent)
+    with pytest.raises(SystemExit) as ended:
+        train.main(flags)
+    assert ended.value.code == EXIT_CODE
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)

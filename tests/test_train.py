@@ -1,12 +1,12 @@
 """Training: exact resumption, any number of devices, refusals, and that it learns."""
 
 import dataclasses
+import functools
 import json
-import os
+import re
+import shutil
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, random_codes
 from jax.sharding import AxisType, Mesh
+from shared_programs import make_step
 from small_run import make_data
 
 from patchwave_jax import expected
@@ -26,7 +27,12 @@ from patchwave_jax.errors import UserError
 from patchwave_jax.runtime.memory import choose_execution
 from patchwave_jax.train import train
 from patchwave_jax.training.optimizer import make_schedule
-from patchwave_jax.training.step import make_step
+from patchwave_jax.training.step import Step
+
+# A dropped token would take with it the NaN that `tests/training` puts into it.
+MODEL = dataclasses.replace(
+    SMALL, num_layers=1, input="embedding", head="logistic_mixture", token_dropout=0.0
+)
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +46,7 @@ def small(data_dir: str = "", **train_fields) -> Config:
     return Config(
         objective="dense",
         context_samples=240,
-        model=SMALL,
+        model=MODEL,
         data=DataConfig(dataset="audio_folder", data_dir=data_dir, distinct_positions=1000),
         train=dataclasses.replace(recipe, **train_fields),
         run=RunConfig(log_every_steps=1, eval_every_steps=2, eval_targets=2000, save_every_steps=2),
@@ -68,58 +74,83 @@ def same_bits(a, b) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def with_steps(config: Config, num_steps: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=num_steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """A run of four steps, and the same that ended after two."""
+
+    config: Config  # of four
+    straight: Path
+    halfway: Path
+
+
+@pytest.fixture(scope="module")
+def runs(data_dir, tmp_path_factory) -> Callable[[str], Runs]:
+    @functools.cache
+    def of(objective: str) -> Runs:
+        run = dataclasses.replace(small().run, sample_every_steps=4, sample_seconds=0.01)
+        config = dataclasses.replace(small(data_dir), objective=objective, run=run)
+        made = Runs(config, *(tmp_path_factory.mktemp(name) for name in ("straight", "halfway")))
+        assert train(config, made.straight)
+        assert train(with_steps(config, 2), made.halfway)
+        return made
+
+    return of
+
+
+@pytest.fixture
+def dense(runs) -> Runs:
+    return runs("dense")
+
+
+@pytest.fixture
+def halfway(dense, tmp_path) -> Path:
+    """A copy, to go on from."""
+    return shutil.copytree(dense.halfway, tmp_path / "halfway")
+
+
 @pytest.mark.parametrize("objective", ["last", "dense"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(objective, data_dir, tmp_path):
-    config = dataclasses.replace(small(data_dir), objective=objective)
-    run = dataclasses.replace(config.run, sample_every_steps=4, sample_seconds=0.01)
-    config = dataclasses.replace(config, run=run)
-    halfway = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=2))
-    assert train(config, tmp_path / "straight")
-    assert train(halfway, tmp_path / "resumed")
-    assert train(config, tmp_path / "resumed")
-    same_bits(*(final_state(config, tmp_path / name) for name in ("straight", "resumed")))
-    rows = [metrics(tmp_path / name) for name in ("straight", "resumed")]
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(objective, runs, tmp_path):
+    made = runs(objective)
+    resumed = shutil.copytree(made.halfway, tmp_path / "resumed")
+    assert train(made.config, resumed)
+    both = made.straight, resumed
+    same_bits(*(final_state(made.config, folder) for folder in both))
+    rows = [metrics(folder) for folder in both]
     assert rows[0] == rows[1]
     assert [r["step"] for r in rows[0] if r["kind"] == "train"] == [1, 2, 3, 4]
-    clips = [sorted((tmp_path / name / "samples").iterdir()) for name in ("straight", "resumed")]
+    clips = [sorted((folder / "samples").iterdir()) for folder in both]
     assert [clip.name for clip in clips[0] if clip.suffix == ".wav"] == [
         "step00000004_0.wav", "step00000004_1.wav"
     ]  # fmt: skip
     assert [x.read_bytes() for x in clips[0]] == [x.read_bytes() for x in clips[1]]
-    (events,) = (tmp_path / "straight" / "tensorboard").glob("events*")
+    (events,) = (made.straight / "tensorboard").glob("events*")
     assert events.read_bytes().count(b"audio/wav") == 2
 
 
-def test_eight_devices_then_four(data_dir, tmp_path, monkeypatch):
+def test_eight_devices_then_four(dense, halfway, monkeypatch):
     """What is restored is bit for bit what eight devices saved; going on differs by rounding."""
-    config = small(data_dir)
-    halfway = dataclasses.replace(
-        config,
-        train=dataclasses.replace(config.train, num_steps=2),
-    )
-    train(config, tmp_path / "straight")
-    train(halfway, tmp_path / "resumed")
-    saved = final_state(halfway, tmp_path / "resumed")
+    saved = final_state(dense.config, halfway)
     monkeypatch.setattr(train_module, "make_mesh", lambda *_: mesh_of(4))
-    restored = final_state(config, tmp_path / "resumed")
+    restored = final_state(dense.config, halfway)
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(restored)} == {4}
     same_bits(jax.device_get(saved), jax.device_get(restored))
-    train(config, tmp_path / "resumed")
-    rows = [metrics(tmp_path / name) for name in ("straight", "resumed")]
-    for straight, resumed in zip(*rows, strict=True):
+    train(dense.config, halfway)
+    for straight, resumed in zip(metrics(dense.straight), metrics(halfway), strict=True):
         assert straight["step"] == resumed["step"]
         assert straight["nll_nats"] == pytest.approx(resumed["nll_nats"], abs=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["last", "dense"])
 def test_one_device_equals_eight_and_micro_batches_equal_the_whole(objective):
-    plain = dataclasses.replace(
-        SMALL, conv_dropout=0.0, mlp_dropout=0.0, head_dropout=0.0, token_dropout=0.0
-    )
+    plain = dataclasses.replace(MODEL, conv_dropout=0.0, mlp_dropout=0.0, head_dropout=0.0)
     config = dataclasses.replace(small(), objective=objective, model=plain)
     codes = random_codes(16, config.window_samples)
     got = []
-    for devices, rows in ((1, 0), (8, 1), (4, 2), (1, 5)):
+    for devices, rows in ((1, 0), (8, 1), (4, 2)):
         recipe = dataclasses.replace(config.train, batch_size=16, micro_batch_size=rows)
         step = make_step(dataclasses.replace(config, train=recipe), mesh_of(devices))
         state, values = step.update(step.init(), codes)
@@ -134,15 +165,9 @@ def test_one_device_equals_eight_and_micro_batches_equal_the_whole(objective):
 def test_overfits_one_batch(objective):
     """One repeated batch of noise is learned by heart: well below a bit a sample."""
     model = dataclasses.replace(
-        SMALL,
-        width=32,
-        conv_dropout=0.0,
-        mlp_dropout=0.0,
-        head_dropout=0.0,
-        token_dropout=0.0,
-        input="embedding",
-        skip_connections=True,
-    )
+        MODEL, width=32, head="softmax", skip_connections=True,
+        conv_dropout=0.0, mlp_dropout=0.0, head_dropout=0.0,
+    )  # fmt: skip
     config = dataclasses.replace(
         small(batch_size=2, learning_rate=1e-2), objective=objective, model=model
     )
@@ -157,12 +182,11 @@ def test_overfits_one_batch(objective):
     assert bits < 0.3
 
 
-def test_a_contradiction_to_the_checkpoint_is_named(data_dir, tmp_path):
-    config = small(data_dir, num_steps=1)
-    train(config, tmp_path)
+def test_a_contradiction_to_the_checkpoint_is_named(dense, halfway):
+    config = dense.config
     wrong = {
         "config.model.width is 32, but the checkpoint was trained with 16": dataclasses.replace(
-            config, model=dataclasses.replace(SMALL, width=32)
+            config, model=dataclasses.replace(MODEL, width=32)
         ),
         "config.objective is 'last'": dataclasses.replace(config, objective="last"),
         "config.data.quantiser is 'linear'": dataclasses.replace(
@@ -171,18 +195,19 @@ def test_a_contradiction_to_the_checkpoint_is_named(data_dir, tmp_path):
     }
     for message, other in wrong.items():
         with pytest.raises(UserError, match=message):
-            train(other, tmp_path)
+            train(other, halfway)
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_step(data_dir, tmp_path):
-    train(small(data_dir, num_steps=2), tmp_path)
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_step(data_dir, halfway):
     with pytest.raises(UserError, match="step 2 is the last good one"):
-        train(small(data_dir, num_steps=9, learning_rate=1e30), tmp_path)
-    with Checkpoints(tmp_path) as checkpoints:
+        train(small(data_dir, num_steps=9, learning_rate=1e30), halfway)
+    with Checkpoints(halfway) as checkpoints:
         assert checkpoints.latest == 2
 
 
-def test_stops_when_the_validation_loss_is_flat(data_dir, tmp_path):
+@pytest.fixture(scope="module")
+def flat(data_dir, tmp_path_factory) -> tuple[Config, Path]:
+    """A run whose parameters stay where they start."""
     config = small(
         data_dir,
         num_steps=100,
@@ -191,11 +216,25 @@ def test_stops_when_the_validation_loss_is_flat(data_dir, tmp_path):
         decay_steps=4,
         patience_evals=2,
     )
-    train(config, tmp_path)
-    evaluated = [row["step"] for row in metrics(tmp_path) if row["kind"] == "validation"]
+    workdir = tmp_path_factory.mktemp("flat")
+    train(config, workdir)
+    return config, workdir
+
+
+def test_stops_when_the_validation_loss_is_flat(flat):
+    config, workdir = flat
+    evaluated = [row["step"] for row in metrics(workdir) if row["kind"] == "validation"]
     assert evaluated == [2, 4, 6, 8]
-    train(config, tmp_path)  # stays stopped
-    assert metrics(tmp_path)[-1]["step"] == 8
+    train(config, workdir)  # stays stopped
+    assert metrics(workdir)[-1]["step"] == 8
+
+
+def test_the_mixture_starts_from_linear_prediction(flat):
+    config, workdir = flat
+    taps = final_state(config, workdir)["params"]["head"]["predictor"][...]
+    assert taps.shape == (16,)
+    assert float(jnp.abs(taps).max()) > 1  # far from the previous sample alone
+    assert metrics(workdir)[0]["nll_bits"] < 5.5  # order-0 entropy is 7.6
 
 
 def test_is_held_against_classical_baselines_and_a_run_done_before(
@@ -210,18 +249,16 @@ def test_is_held_against_classical_baselines_and_a_run_done_before(
     train(config, tmp_path)
     printed = capsys.readouterr().out
     assert "expected after step 2: 8.0000 bits (known)" in printed
-    assert (
-        "bits is still above block-adaptive-256" in printed or "all classical baselines" in printed
-    )
+    assert re.search("bits is still above .*block-adaptive-256", printed)
 
 
-def test_keeps_the_newest_and_the_best(data_dir, tmp_path):
-    config = small(data_dir, num_steps=8)
-    train(config, tmp_path)
-    with Checkpoints(tmp_path) as checkpoints:
+def test_keeps_the_newest_and_the_best(dense, halfway):
+    config = with_steps(dense.config, 8)
+    train(config, halfway)
+    with Checkpoints(halfway) as checkpoints:
         steps = [c.step for c in checkpoints._checkpointer.checkpoints]
         losses = {
-            row["step"]: row["nll_nats"] for row in metrics(tmp_path) if row["kind"] == "validation"
+            row["step"]: row["nll_nats"] for row in metrics(halfway) if row["kind"] == "validation"
         }
         assert checkpoints.best == min(losses, key=lambda step: losses[step])
         assert set(steps) == {6, 8, checkpoints.best}
@@ -230,39 +267,25 @@ def test_keeps_the_newest_and_the_best(data_dir, tmp_path):
         assert record.best_nats == min(losses.values())
 
 
-COMMAND = """
-import sys
-sys.path.insert(0, {tests!r})
-from test_train import small
-from patchwave_jax.train import train
-train(small({data_dir!r}, num_steps={steps}), {workdir!r})
-"""
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_cleanly(number, data_dir, tmp_path):
-    tests = os.path.dirname(__file__)
-    source = COMMAND.format(tests=tests, data_dir=data_dir, workdir=str(tmp_path), steps=100_000)
-    process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True)
-    try:
-        for _ in range(1200):
-            if (tmp_path / "metrics.jsonl").exists() and len(metrics(tmp_path)) > 3:
-                break
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0
-    assert "The same command goes on" in output
-    last = metrics(tmp_path)[-1]["step"]
+def test_a_signal_saves_and_exits_cleanly(number, data_dir, tmp_path, monkeypatch, capsys):
+    """`tests/crash` sends SIGTERM to processes."""
+
+    update = Step.update
+
+    def signalled(step, state, codes):
+        if int(state["step"]) == 2:
+            signal.raise_signal(number)
+        return update(step, state, codes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "update", signalled)
+        assert not train(small(data_dir, num_steps=100_000), tmp_path)
+    assert "The same command goes on" in capsys.readouterr().out
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest == last
-    train(small(data_dir, num_steps=last + 1), tmp_path)
-    assert [r["step"] for r in metrics(tmp_path) if r["kind"] == "train"] == list(
-        range(1, last + 2)
-    )
+        assert checkpoints.latest == 3
+    assert train(small(data_dir), tmp_path)
+    assert [r["step"] for r in metrics(tmp_path) if r["kind"] == "train"] == [1, 2, 3, 4]
 
 
 def test_schedules_by_hand():
@@ -308,14 +331,3 @@ def test_chunks_fit_the_memory_and_divide():
     assert choose_execution(chosen, 1, Device(80e9)).phase_chunk == 4
     on_chip = {choose_execution(config, 1, Device(x, "tpu")).phase_chunk for x in (16e9, 95e9)}
     assert on_chip == {choose_execution(config, 1, Device(12e9, "cpu")).phase_chunk}
-
-
-def test_the_mixture_starts_from_linear_prediction(data_dir, tmp_path):
-    model = dataclasses.replace(SMALL, head="logistic_mixture")
-    config = dataclasses.replace(small(data_dir, num_steps=1, learning_rate=1e-9), model=model)
-    train(config, tmp_path)
-    state = final_state(config, tmp_path)
-    taps = state["params"]["head"]["predictor"][...]
-    assert taps.shape == (16,)
-    assert float(jnp.abs(taps).max()) > 1  # far from the previous sample alone
-    assert metrics(tmp_path)[0]["nll_bits"] < 5.5  # order-0 entropy is 7.6

@@ -12,7 +12,6 @@ from jax.sharding import AxisType
 from patchwave_jax.config import Config, DataConfig
 from patchwave_jax.data.quantisers import SILENCE
 from patchwave_jax.errors import UserError
-from patchwave_jax.evaluation import evaluator as evaluator_module
 from patchwave_jax.evaluation.evaluator import Evaluator
 from patchwave_jax.evaluation.protocol import contexts, default_stride, plan
 
@@ -26,12 +25,6 @@ def make_config(objective: str, model=SMALL, quantiser="mulaw") -> Config:
         model=model,
         data=DataConfig(quantiser=quantiser),
     )
-
-
-@pytest.fixture(autouse=True)
-def _small_batches(monkeypatch):
-    """Otherwise most of a batch were padding here."""
-    monkeypatch.setattr(evaluator_module, "BATCH_SAMPLES", 500)
 
 
 def some_devices(count: int):
@@ -89,12 +82,9 @@ def brute_force(model, clips, stride: int):
 @pytest.mark.parametrize(
     ("objective", "config", "quantiser", "stride"),
     [
-        ("dense", OURS, "mulaw", 1),
-        ("dense", OURS, "sashimi", 3),
+        ("dense", OURS, "sashimi", 1),
         ("dense", SMALL, "mulaw", PATCHES),
-        ("last", OURS, "sashimi", 1),
-        ("last", SMALL, "mulaw", 3),
-        ("last", OURS, "mulaw", PATCHES),
+        ("last", OURS, "mulaw", 3),
     ],
 )
 def test_equals_brute_force_in_the_patch_form(objective, config, quantiser, stride):

@@ -17,8 +17,8 @@ from scipy import stats
 from patchwave_jax.config import Config, DataConfig, RunConfig
 from patchwave_jax.data import quantisers
 from patchwave_jax.errors import UserError
-from patchwave_jax.evaluation import evaluator as evaluator_module
 from patchwave_jax.evaluation import protocol
+from patchwave_jax.evaluation.evaluator import Evaluator
 from patchwave_jax.generation import check, preview
 from patchwave_jax.generation.sampler import Sampler
 from patchwave_jax.generation.sampling_params import SamplingParams
@@ -82,13 +82,12 @@ def patch_form(config: Config, model, codes: np.ndarray, first: int, stride: int
 @pytest.mark.parametrize(
     ("model", "objective", "quantiser", "stride", "prompt"),
     [
-        (SMALL, "dense", "mulaw", 2, 0),
         (OURS, "dense", "linear", 1, 77),
         (OURS, "last", "sashimi", 3, 77),
         (OTHER_PATCH, "dense", "mulaw", 4, 500),
-        (ONE_FRAME, "dense", "mulaw", 3, 26),
+        (ONE_FRAME, "dense", "mulaw", 2, 0),
     ],
-    ids=["paper", "ours", "ours-last", "other-patch", "one-frame"],
+    ids=["ours", "ours-last", "other-patch", "one-frame"],
 )
 def test_cached_equals_patch_form_across_slides(
     model, objective, quantiser, stride, prompt, monkeypatch
@@ -109,16 +108,15 @@ def test_cached_equals_patch_form_across_slides(
     np.testing.assert_allclose(log_probs, expected, atol=2e-4)
 
 
-@pytest.mark.parametrize("model", [OURS, ADAPTIVE], ids=["ours", "adaptive"])
-def test_every_devices_streams_equal_the_evaluation_after_a_long_prompt(model):
+def test_every_devices_streams_equal_the_evaluation_after_a_long_prompt():
     """Eight devices; the prompt itself has slid past the context."""
-    config, _, params = make(model)
+    config, _, params = make(ADAPTIVE)
     streams = Sampler(config, params, mesh(8), num=11)
     given = random_codes(11, 905)
     streams.prime(given[:, 905 - streams.lookback :], 905)
     codes, log_probs = run_to(streams, 1300)
     codes = np.concatenate([given, codes], 1)
-    evaluator = evaluator_module.Evaluator(config, mesh())
+    evaluator = Evaluator(config, mesh())
     windows = protocol.plan([1300] * 11, config, streams.stride_patches)
     expected = np.zeros(codes.shape)
     for scored in evaluator.score(params, codes.__getitem__, windows):
@@ -129,9 +127,7 @@ def test_every_devices_streams_equal_the_evaluation_after_a_long_prompt(model):
     assert difference.mean() < 2e-5
 
 
-@pytest.mark.parametrize(
-    ("model", "objective"), [(OURS, "dense"), (OURS, "last"), (ADAPTIVE, "dense")]
-)
+@pytest.mark.parametrize(("model", "objective"), [(OURS, "last"), (ADAPTIVE, "dense")])
 def test_taken_up_again_it_goes_on_to_the_last_bit(model, objective):
     config, _, params = make(model, objective)
     prompt, end = random_codes(2, 61), 700
@@ -271,29 +267,24 @@ def test_a_model_that_is_not_a_number_is_an_error():
         streams.run()
 
 
-@pytest.mark.parametrize(("model", "objective"), [(SMALL, "last"), (OURS, "dense")])
-def test_check_passes(model, objective, monkeypatch):
+def test_check_passes_in_bfloat16(monkeypatch):
     monkeypatch.setattr(check, "CHECK_SAMPLES", 150)
-    config, _, params = make(model, objective)
-    found = check.check(evaluator_module.Evaluator(config, mesh()), params, random_codes(100))
+    model = dataclasses.replace(OURS, compute_dtype="bfloat16", num_layers=1)
+    config, _, params = make(model, "last")
+    params = jax.tree.map(lambda x: 0.3 * x, params)
+    assert check.check(Evaluator(config, mesh()), params, random_codes(100)).passed
+
+
+def test_check_passes_and_fails_if_generation_is_wrong(monkeypatch):
+    """By caches that are one phase off, as an indexing mistake would leave them."""
+    monkeypatch.setattr(check, "CHECK_SAMPLES", 150)
+    config, _, params = make(SMALL)
+    evaluator, prompt, prime = Evaluator(config, mesh()), random_codes(100), Sampler._prime
+    found = check.check(evaluator, params, prompt)
     assert found.passed
     assert found.samples == 450
     assert found.slides >= 1
     assert str(found).startswith("pass: the largest difference")
-
-
-def test_check_passes_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(check, "CHECK_SAMPLES", 150)
-    config, _, params = make(dataclasses.replace(OURS, compute_dtype="bfloat16"), "last")
-    params = jax.tree.map(lambda x: 0.3 * x, params)
-    assert check.check(evaluator_module.Evaluator(config, mesh()), params, random_codes(100)).passed
-
-
-def test_check_fails_if_generation_is_wrong(monkeypatch):
-    """Caches that are one phase off, as an indexing mistake would leave them."""
-    monkeypatch.setattr(check, "CHECK_SAMPLES", 150)
-    config, _, params = make(SMALL)
-    prime = Sampler._prime
 
     def wrong(self, codes):
         prime(self, codes)
@@ -302,7 +293,7 @@ def test_check_fails_if_generation_is_wrong(monkeypatch):
         self._state = self._state._replace(caches=caches)
 
     monkeypatch.setattr(Sampler, "_prime", wrong)
-    found = check.check(evaluator_module.Evaluator(config, mesh()), params, random_codes(100))
+    found = check.check(evaluator, params, prompt)
     assert not found.passed
     assert str(found).startswith("FAIL")
 

@@ -36,8 +36,11 @@ def test_the_papers_size():
     assert (PatchWaveConfig().receptive_field, PatchWaveConfig().final_frames) == (1999, 24)
 
 
-@pytest.mark.parametrize("config", [SMALL, OURS, OTHER_PATCH], ids=["paper", "ours", "other-patch"])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("config", "causal"),
+    [(SMALL, True), (OURS, True), (OTHER_PATCH, True), (OURS, False)],
+    ids=["paper", "ours", "other-patch", "ours-bidirectional"],
+)
 def test_dense_form_equals_patch_form(config, causal):
     """Every target of a segment, in logits."""
     model, size, patches = random_model(config, causal=causal), config.patch_samples, 3
@@ -73,7 +76,7 @@ def test_dense_form_equals_patch_form_with_adaptive_predictors():
     assert patches * size >= model.head.lookback + 19
     expected = {
         phase: jax.nn.log_softmax(patch_form(segment[:, phase:][:, : patches * size], phase % 20))
-        for phase in (0, 1, 20, 27, 39)
+        for phase in (0, 1, 20, 39)
     }
     for hop in (1, 4):
         dense = jax.nn.log_softmax(jax.jit(model.logits, static_argnums=1)(segment, hop))
@@ -130,10 +133,9 @@ def test_chunks_leave_the_gradient_as_it_is():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, pieces)
 
 
-@pytest.mark.parametrize("config", [SMALL, OURS], ids=["paper", "ours"])
-def test_last_objective_equals_logits(config):
-    model = random_model(config, causal=False)
-    codes = random_codes(3, 2 * config.patch_samples + 1)
+def test_last_objective_equals_logits():
+    model = random_model(OURS, causal=False)
+    codes = random_codes(3, 2 * OURS.patch_samples + 1)
     logits = jax.nn.log_softmax(jax.jit(model.next_sample_logits)(codes[:, :-1]))
     expected = np.asarray(logits)[np.arange(3), codes[:, -1]]
     np.testing.assert_allclose(

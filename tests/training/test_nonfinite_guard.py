@@ -6,7 +6,8 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL, random_codes
+from conftest import random_codes
+from shared_programs import make_step
 from test_train import data_dir, final_state, mesh_of, metrics, same_bits, small  # noqa: F401
 
 from patchwave_jax import train as train_module
@@ -14,12 +15,7 @@ from patchwave_jax.data.index import open_split
 from patchwave_jax.errors import UserError
 from patchwave_jax.train import make_windows, train
 from patchwave_jax.training.nonfinite_guard import SPIKE_HISTORY, NonFiniteGuard
-from patchwave_jax.training.step import make_step
-
-# A dropped token would take its NaN with it.
-EMBEDDING = dataclasses.replace(
-    SMALL, input="embedding", conv_dropout=0.0, token_dropout=0.0, mlp_dropout=0.1
-)
+from patchwave_jax.training.step import Step
 
 
 def poisoned(state: dict, code: int) -> dict:
@@ -31,7 +27,7 @@ def poisoned(state: dict, code: int) -> dict:
 
 @pytest.mark.parametrize("objective", ["last", "dense"])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(objective):
-    config = dataclasses.replace(small(micro_batch_size=2), objective=objective, model=EMBEDDING)
+    config = dataclasses.replace(small(micro_batch_size=2), objective=objective)
     codes = random_codes(8, config.window_samples) // 2  # none above 127
     codes[[1, 6], -100] = 200
     step = make_step(config, mesh_of(2))
@@ -62,18 +58,20 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(objective):
 def laced(monkeypatch):
     """Has `train` meet code 255, which makes NaNs, in row 1 of some steps; no data has it."""
 
+    update = Step.update
+
     def lace(steps: set[int]) -> None:
+        def laced_update(step, state, codes):
+            if int(state["step"]) + 1 in steps:
+                codes = codes.copy()
+                codes[1, -100] = 255
+            return update(step, state, codes)
+
         def make(*args):
             step = make_step(*args)
+            return dataclasses.replace(step, init=lambda: poisoned(step.init(), 255))
 
-            def update(state, codes):
-                if int(state["step"]) + 1 in steps:
-                    codes = codes.copy()
-                    codes[1, -100] = 255
-                return step.update(state, codes)
-
-            return dataclasses.replace(step, init=lambda: poisoned(step.init(), 255), update=update)
-
+        monkeypatch.setattr(Step, "update", laced_update)
         monkeypatch.setattr(train_module, "make_step", make)
         monkeypatch.setattr(train_module, "make_mesh", lambda *_: mesh_of(2))
 
@@ -82,7 +80,7 @@ def laced(monkeypatch):
 
 def test_training_skips_counts_and_keeps_the_offending_rows(data_dir, tmp_path, laced, capsys):  # noqa: F811
     laced({3, 6})
-    config = dataclasses.replace(small(data_dir, num_steps=8, micro_batch_size=1), model=EMBEDDING)
+    config = small(data_dir, num_steps=8, micro_batch_size=2)
     halfway = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=5))
     train(config, tmp_path)
     told = capsys.readouterr().out
@@ -106,7 +104,7 @@ def test_training_skips_counts_and_keeps_the_offending_rows(data_dir, tmp_path, 
 
 def test_too_many_in_a_row_end_the_run(data_dir, tmp_path, laced):  # noqa: F811
     laced(set(range(3, 100)))
-    config = dataclasses.replace(small(data_dir, num_steps=90), model=EMBEDDING)
+    config = small(data_dir, num_steps=90, micro_batch_size=2)
     told = (
         r"the last 10 steps had .* not finite; step 2 is the last good one.*nonfinite.*debug_nans"
     )
@@ -119,7 +117,7 @@ def test_too_many_in_a_row_end_the_run(data_dir, tmp_path, laced):  # noqa: F811
 def test_debugging_stops_where_the_nan_is_made(data_dir, tmp_path):  # noqa: F811
     config = small(data_dir, learning_rate=1e30)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, debug_nans=True))
-    with pytest.raises(UserError, match=r"patchwave_jax/\w+\.py:\d+ in \w+: .*invalid value"):
+    with pytest.raises(UserError, match=r"patchwave_jax/[\w/]+\.py:\d+ in \w+: .*invalid value"):
         train(config, tmp_path)
 
 
