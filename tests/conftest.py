@@ -22,6 +22,7 @@ os.environ.setdefault(
     else "--xla_backend_optimization_level=0",
 )
 
+import checked_signatures  # noqa: F401
 import jax
 import jax.numpy as jnp
 import numpy as np
