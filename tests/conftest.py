@@ -22,6 +22,7 @@ os.environ.setdefault(
     else "--xla_backend_optimization_level=0",
 )
 
+import checked_signatures  # noqa: F401
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +122,39 @@ def _fast():
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+QUICK = (  # how the ids of tests marked `quick` begin
+    "data/test_audio.py",
+    "data/test_index.py",
+    "data/test_quantisers.py",
+    "data/test_windows.py",
+    "evaluation/test_protocol.py",
+    "generation/test_sampler.py::test_cached_equals_patch_form_across_slides[ours]",
+    "generation/test_sampler.py::test_draws",
+    "generation/test_sampler.py::test_impossible",
+    "models/test_heads.py",
+    "models/test_megabyte.py::test_logits",
+    "models/test_patchwave.py::test_dense_form_equals_patch_form[ours]",
+    "models/test_sashimi.py::test_s4_layer",
+    "models/test_wavenet_samplernn.py::test_logits",
+    "test_checkpoint.py::test_a",
+    "test_checkpoint.py::test_nothing",
+    "test_checkpoint.py::test_reading",
+    "test_config.py::test_a",
+    "test_config.py::test_the",
+    "test_hostile.py::test_a_c",
+    "test_train.py::test_chunks",
+    "test_train.py::test_overfits_one_batch[dense]",
+    "test_train.py::test_schedules",
+    "training/test_nonfinite_guard.py::test_a_",
+)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(QUICK):
+            item.add_marker(pytest.mark.quick)
 
 
 def pytest_addoption(parser) -> None:

@@ -19,6 +19,7 @@ from patchwave_jax import generate
 from patchwave_jax.checkpoint import Checkpoints
 from patchwave_jax.config import Config
 from patchwave_jax.data import audio, quantisers
+from patchwave_jax.data.index import Split
 from patchwave_jax.errors import UserError
 from patchwave_jax.generation import prompts
 from patchwave_jax.generation.check import Consistency
@@ -140,7 +141,7 @@ def test_prompts_come_first_and_take_turns(workdir, tmp_path, tone):
     assert (audio_of(out / "000.wav")[2000:] != audio_of(out / "002.wav")[2000:]).any()
 
 
-class FakeSplit:
+class FakeSplit(Split):
     """Recordings of given lengths whose samples tell where they are from."""
 
     dataset, name = "fake", "test"

@@ -8,7 +8,7 @@ sample of a clip counts once. What lies before the clip is silence.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
@@ -97,12 +97,11 @@ def pieces(window: Window, stride: int, config: Config) -> Iterator[Window]:
         yield Window(window.clip, first, min(first + last_n * size, window.end), units, last_n)
 
 
-def segment(
-    window: Window, codes: UInt8[np.ndarray, " T"], config: Config, begin: int = 0
-) -> UInt8[np.ndarray, " S"]:
+def segment(window: Window, codes: Any, config: Config, begin: int = 0) -> UInt8[np.ndarray, " S"]:
     """What the model reads for a window and in front of it; silence where the clip has nothing.
 
-    `codes` are those of the clip from its sample `begin` on.
+    `codes`, an array [T] or what is sliced like one, are those of the clip from its sample `begin`
+    on.
     """
     end = window.first + window.last_n * config.window_unit
     start = end - window.units * config.window_unit - config.history

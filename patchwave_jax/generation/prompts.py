@@ -68,7 +68,7 @@ class Prompt:
 
     source: str
     pcm: Int16[np.ndarray, " T"]
-    original: Int16[np.ndarray, " T"] | None = None
+    original: Int16[np.ndarray, " S"] | None = None
 
 
 def read_prompts(settings: Settings, config: Config) -> list[Prompt]:

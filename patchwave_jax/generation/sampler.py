@@ -5,7 +5,8 @@ then the window slides by `stride` units, so that whatever is generated can be s
 slides, a model gives its state in the next window, or the state is made again from the codes: by
 the model's `prime`, or by stepping through the window's samples.
 
-Dimensions: `B` streams, `R` rows (streams, and what fills up the devices), `C` samples of a chunk.
+Dimensions: `B` streams, `R` rows (streams, and what fills up the devices), `C` samples of a chunk,
+`G` given ones.
 """
 
 import functools
@@ -166,7 +167,7 @@ class Sampler:
         return self._merge(params).prime(prepared, state, segment, position, start)
 
     def run(
-        self, count: int = CHUNK_SAMPLES, given: UInt8[np.ndarray, "B C"] | None = None
+        self, count: int = CHUNK_SAMPLES, given: UInt8[np.ndarray, "B G"] | None = None
     ) -> tuple[UInt8[np.ndarray, "B C"], Float32[np.ndarray, "B C"]]:
         """The next samples: `count`, or fewer at the end of a chunk or of the window's stride.
 
@@ -198,7 +199,7 @@ class Sampler:
         return codes[: self.num], log_probs[: self.num]
 
     def _advance(
-        self, given: UInt8[np.ndarray, "R C"] | None, count: int
+        self, given: UInt8[np.ndarray, "R G"] | None, count: int
     ) -> tuple[UInt8[np.ndarray, "R C"], Float32[np.ndarray, "R C"]]:
         """At most `count` samples of all rows, which are `given` or drawn."""
         start = self._window

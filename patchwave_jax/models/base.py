@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32, Int32, Int64, UInt8
+from jaxtyping import Array, Float32, Float64, Int32, Int64, UInt8
 
 from patchwave_jax.errors import UserError
 from patchwave_jax.models.context_parallel import Shards
@@ -164,7 +164,7 @@ class Model(nnx.Module):
         """Logits of every `every`-th sample of the segments' windows, from the first on."""
         raise NotImplementedError
 
-    def start_from(self, taps: Float32[np.ndarray, " K"], scale: float) -> None:
+    def start_from(self, taps: Float64[np.ndarray, " K"], scale: float) -> None:
         """Sets parameters from a linear prediction with `linear_taps` taps (oldest sample first)
         and the scale of its logistic error."""
         raise NotImplementedError

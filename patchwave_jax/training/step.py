@@ -201,7 +201,7 @@ def reduced_gradient(
 
 def accumulate(
     gradient: Any, micro: MicroBatches, seed: int,
-    total: Any, params: Any, carry: Any, codes: Any, step: Array, index: Array,
+    total: Any, params: Any, carry: Any, codes: Any, step: Array | int, index: Array | int,
 ) -> Any:  # fmt: skip
     """Adds the loss and gradient of micro-batch `index`, and replaces its rows of the carry."""
     key = jax.random.fold_in(jax.random.key(seed), step)

@@ -202,7 +202,7 @@ def test_steps_equal_logits(dtype):
 
         def run(index, carry):
             state, previous, out = carry
-            state, logits = model.step_logits((), state, previous, index, 0)
+            state, logits = model.step_logits((), state, previous, index, jnp.int32(0))
             return state, codes[:, index], out.at[:, index].set(logits)
 
         begin = (model.init_state(2, 20), jnp.full(2, 77, jnp.uint8), jnp.zeros((2, 20, 256)))

@@ -309,7 +309,7 @@ def test_steps_equal_logits(changes):
 
         def run(carry, index):
             state, code = carry
-            state, logits = model.step_logits(prepared, state, code, index, 0)
+            state, logits = model.step_logits(prepared, state, code, index, jnp.int32(0))
             return (state, codes[:, index]), logits
 
         start = model.init_state(2, 320), jnp.full(2, 128, jnp.uint8)

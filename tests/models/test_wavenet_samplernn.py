@@ -165,7 +165,7 @@ def test_steps_equal_the_whole(name, dtype):
     def advance(carry, item):
         state, previous = carry
         index, code = item
-        state, logits = model.step_logits(prepared, state, previous, index, 0)
+        state, logits = model.step_logits(prepared, state, previous, index, jnp.int32(0))
         return (state, code), logits
 
     prepared, count = jax.jit(model.prepare)(), codes.shape[1]

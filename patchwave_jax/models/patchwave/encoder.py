@@ -24,7 +24,7 @@ class EncoderState(NamedTuple):
     """Newest inputs of each layer of `B` streams; the newest sample is not encoded yet."""
 
     codes: UInt8[Array, "B 2k"]  # ring
-    layers: list[Float[Array, "B d 2k F"]]  # rings of every d-th input, after the first layer
+    layers: list[Float[Array, "B d K F"]]  # rings of every d-th input, after the first layer
 
 
 class Encoder(nnx.Module):
@@ -187,12 +187,12 @@ def _newest_output(taps: Float[Array, "B *k F"], kernel: Array) -> Float[Array, 
     return flat @ kernel.reshape(flat.shape[1], -1).astype(flat.dtype)
 
 
-# Rings of a dilated layer's inputs, [B, d, 2k, F]: time t is in ring t % d, at its time t // d.
+# Rings of a dilated layer's inputs, [B, d, K = 2k, F]: time t is in ring t % d, at its time t // d.
 
 
 def _phased(
-    x: Float[Array, "B T F"], buffer: Float[Array, "B d 2k F"], position: Array
-) -> Float[Array, "B d 2k F"]:
+    x: Float[Array, "B T F"], buffer: Float[Array, "B d K F"], position: Array
+) -> Float[Array, "B d K F"]:
     """A buffer like `buffer` of the inputs `x` of the times up to `position - 1`."""
     rows, dilation, double, filters = buffer.shape
     size = double // 2 * dilation
@@ -202,8 +202,8 @@ def _phased(
 
 
 def _put_phased(
-    buffer: Float[Array, "B d 2k F"], time: Array, x: Float[Array, "B F"]
-) -> tuple[Float[Array, "B d 2k F"], Float[Array, "B 1 k F"]]:
+    buffer: Float[Array, "B d K F"], time: Array, x: Float[Array, "B F"]
+) -> tuple[Float[Array, "B d K F"], Float[Array, "B 1 K//2 F"]]:
     """Stores the input of one time; gives it and the `k - 1` before it, `d` apart, oldest first."""
     rows, dilation, double, filters = buffer.shape
     phase, place = time % dilation, time // dilation % (double // 2)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Float64, Int32, UInt8
 
 from patchwave_jax.data import quantisers
 from patchwave_jax.models import ring
@@ -122,7 +122,7 @@ class LogisticMixture(nnx.Module):
         self.predictor = nnx.Param(jnp.zeros(self.taps).at[-1].set(1.0))  # oldest sample first
         self.log_scale = nnx.Param(jnp.float32(-5.0))
 
-    def start_from(self, predictor: Float32[np.ndarray, " taps"], scale: float) -> None:
+    def start_from(self, predictor: Float64[np.ndarray, " taps"], scale: float) -> None:
         """Sets the learned predictor and the scale of its error (full scale 1) before training."""
         self.predictor[...] = jnp.asarray(predictor, jnp.float32)
         self.log_scale[...] = jnp.float32(np.log(scale))

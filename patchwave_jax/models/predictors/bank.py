@@ -13,7 +13,7 @@ Dimensions as in `patchwave_jax.models.patchwave.model`; `J` predictors, `C` fea
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class Prediction(NamedTuple):
     differences: Float32[Array, "*shape J"] | None  # of each prediction and `mean`, over `scale`
 
 
+@runtime_checkable
 class Predictor(Protocol):
     """Predicts samples from those before them, without parameters, in blocks of a fixed grid.
 
@@ -139,8 +140,8 @@ class PredictorBank:
 
     def _describe(
         self,
-        predicted: Float32[Array, "B m+n J"],
-        waveform: Float32[Array, "B m+n"],
+        predicted: Float32[Array, "B S J"],
+        waveform: Float32[Array, "B S"],
         block_offset: Float32[Array, " n"],
     ) -> tuple[Prediction, Float32[Array, "B n C"]]:
         """Predictions and features of the last `n` samples, from the errors made before each.

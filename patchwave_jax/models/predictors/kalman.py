@@ -79,7 +79,7 @@ class Denoiser:
 
     def denoise(
         self, waveform: Float32[Array, "B T"], noise: Float32[Array, "B T"], first: int
-    ) -> tuple[Float32[Array, "B T-first"], Float32[Array, "B T-first"]]:
+    ) -> tuple[Float32[Array, "B T-{first}"], Float32[Array, "B T-{first}"]]:
         """Estimates of the sample before each index from `first` on, in whole blocks.
 
         Returns:
