@@ -25,11 +25,28 @@ from patchwave_jax.evaluation import evaluator as evaluator_module
 from patchwave_jax.evaluation import measure, protocol
 from patchwave_jax.generation import check
 from patchwave_jax.models.base import log_prob as picked
+from patchwave_jax.models.megabyte import MegabyteConfig
 from patchwave_jax.models.sashimi import SaShiMiConfig, s4_parameters
 from patchwave_jax.training.optimizer import make_optimizer
 
 SASHIMI = SaShiMiConfig(width=8, num_layers=1, pools=(4,), state_size=8)
-MODELS = {"wavenet": WAVENET, "samplernn": SAMPLERNN, "sashimi": SASHIMI}
+MEGABYTE = MegabyteConfig(
+    patch_samples=16,
+    max_patches=16,
+    global_width=16,
+    global_layers=1,
+    global_heads=2,
+    local_width=16,
+    local_layers=1,
+    local_heads=2,
+    head_size=8,
+)
+MODELS = {
+    "wavenet": WAVENET,
+    "samplernn": SAMPLERNN,
+    "sashimi": SASHIMI,
+    "megabyte": MEGABYTE,
+}
 NAMES = list(MODELS)
 STEPS = 12
 
@@ -252,6 +269,8 @@ def test_prompts_and_resuming(run, tmp_path):
         ("sashimi", {"model.state_size": 7}, "model.state_size"),
         ("sashimi", {"model.num_layers": 0}, "model.num_layers"),
         ("sashimi", {"model.dropout": 1.0}, "model.dropout"),
+        ("megabyte", {"context_samples": 240}, "context_samples"),
+        ("megabyte", {"model.head_size": 7}, "model.head_size"),
         ("wavenet", {"objective": "last"}, "objective"),
         ("wavenet", {"model.cycles": 0}, "model.cycles"),
         ("wavenet", {"model.compute_dtype": "float64"}, "model.compute_dtype"),
