@@ -21,14 +21,6 @@ from patchwave_jax.evaluation.nll import LN2, NllAccumulator, bootstrap
 from patchwave_jax.runtime.mesh import make_mesh
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_batches():
-    """Otherwise most of a batch were padding here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluator_module, "BATCH_SAMPLES", 500)
-        yield
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data"))

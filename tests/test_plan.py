@@ -151,7 +151,8 @@ def test_a_plan_tells_of_the_program_that_runs(plans, name, tmp_path):
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "8",
         "JAX_ENABLE_COMPILATION_CACHE": "0",
-        "XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_module_re=jit_a[cp].*",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_dump_to={tmp_path} "
+        "--xla_dump_hlo_module_re=jit_a[cp].*",
     }
     done = subprocess.run(
         [sys.executable, "-c", EXECUTE, str(Path(__file__).parent), name],

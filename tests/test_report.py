@@ -27,13 +27,6 @@ from patchwave_jax.runtime.mesh import make_mesh
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_batches():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluator_module, "BATCH_SAMPLES", 500)
-        yield
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data"))

@@ -16,13 +16,6 @@ from patchwave_jax.evaluation import measure, protocol
 from patchwave_jax.score import encoded, stream
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_batches():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluator_module, "BATCH_SAMPLES", 500)
-        yield
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return tmp_path_factory.mktemp("source")

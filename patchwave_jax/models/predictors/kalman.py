@@ -8,8 +8,9 @@ the code gives the bin's centre and a twelfth of its squared width. Both are wei
 precision. Each observation also revises the sample before it, and nothing older.
 
 The filter restarts for each block, a block and a half before it, so that all blocks are filtered
-in parallel. Sums are elementwise and in a fixed order: results have the same bits whatever is
-filtered beside them, because the least squares that follows would amplify any difference.
+in parallel. Sums are elementwise and in a fixed order, and products are rounded before
+they are added: whatever is filtered beside a block, its result differs by one rounding at most. The
+least squares that follows would amplify more.
 
 Dimensions: `S` signals, `K` taps, `B` batch, `T` samples, `n` blocks.
 """
