@@ -68,8 +68,7 @@ def mean_over_chunks(
 
     def forward(floats: list[Array], closed_over: list[Array], others: Any):
         def of_chunk(i: Array, piece: list[Array], closed: list[Array]) -> tuple[Array, Array]:
-            rest = _take(others, axis, size, i)
-            values = pure(piece, rest, i, *closed)
+            values = pure(piece, _take(others, axis, size, i), i, *closed)
             return values.mean(), values
 
         total, gradients = _sum_and_gradients(
