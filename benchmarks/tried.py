@@ -30,7 +30,9 @@ Patch = contextlib.AbstractContextManager[Any]
 
 def optimizer(make: Callable[[Any], optax.GradientTransformation]) -> Patch:
     """With one made from a schedule. Gradients are not clipped: these don't see their scale."""
-    return mock.patch.object(step, "make_optimizer", lambda config: make(make_schedule(config)))
+    return mock.patch.object(
+        step, "make_optimizer", lambda config, spent=None: make(make_schedule(config, spent))
+    )
 
 
 def readout(activation: Callable, *, layers: int = 1, scale: float = 1.0) -> Patch:
@@ -59,9 +61,9 @@ def average(decay: float) -> Iterator[None]:
     update, validate = step.Step.update, train.Validator.validate
     mix, kept, steps = jax.jit(optax.incremental_update), None, 0
 
-    def update_average(made, state, codes):
+    def update_average(made, *args):
         nonlocal kept, steps
-        state, metrics = update(made, state, codes)
+        state, metrics = update(made, *args)
         steps += 1
         new = 1 - min(decay, steps / (steps + 9))
         kept = mix(state["params"], state["params"] if kept is None else kept, new)

@@ -55,6 +55,7 @@ def get_config(arg: str = ""):
                 final_learning_rate=5e-6,  # "0.5*1e-5"
                 num_steps=1_000_000,  # a limit: it ends when the validation loss is flat
                 patience_evals=10,
+                max_minutes=0.0,  # no limit
             ),
         )
     )

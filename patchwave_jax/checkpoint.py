@@ -124,6 +124,7 @@ class Checkpoints:
         best_nats: float | None,
         flat_evals: int,
         validation_nats: float | None = None,
+        seconds: float = 0.0,
     ) -> None:
         """Saves `state` as `step` in the background; a step that exists is left as it is.
 
@@ -140,6 +141,7 @@ class Checkpoints:
             "best_nats": best_nats,
             "flat_evals": flat_evals,
             "validation_nats": validation_nats,
+            "seconds": seconds,
             "arrays": described(trees),
         }
         with self._says_what_failed():

@@ -27,6 +27,7 @@ class Record:
     best_nats: float | None  # lowest validation NLL so far
     flat_evals: int  # validations since then, past `decay_steps`
     validation_nats: float | None = None  # after this very step
+    seconds: float = 0.0  # spent in training so far, over restarts
     arrays: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     # By the array's name: dtype, shape, SHA-256. Empty: an older version wrote it.
 

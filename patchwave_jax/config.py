@@ -70,6 +70,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip_norm: float = 0.0  # global gradient norm; 0: no clipping
     patience_evals: int = 10  # stop after so many validations without a gain past decay_steps
+    max_minutes: float = 0.0  # end after so much training time ('cosine' only); 0: no limit
 
     def check(self) -> None:
         """Raises `UserError` naming the field that is wrong."""
@@ -78,6 +79,11 @@ class TrainConfig:
         rate = self.learning_rate
         require(rate > 0, "train.learning_rate", f"must be above 0, got {rate}")
         require(self.beta2 < 1, "train.beta2", f"must be below 1, got {self.beta2}")
+        require(
+            self.max_minutes == 0 or self.schedule == "cosine",
+            "train.max_minutes",
+            f"needs config.train.schedule='cosine', got {self.schedule!r}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """Trains a model: `python -m patchwave_jax.train --config=configs/demo.py --workdir=DIR`.
 
 A working directory that holds checkpoints is resumed. SIGTERM and Ctrl-C save and stop.
+With `config.train.max_minutes` the run ends after that much time, with its learning rate decayed to
+the end. The time counts over restarts, with compilation, validations and saves. Such a run is not
+reproducible bit for bit, as its learning rate depends on the clock.
 `--print_config` prints the configuration as it would be trained, and exits.
 """
 
@@ -78,7 +81,7 @@ def train(
             write_config(config, files.folder)
         steps = config.train.num_steps
         with (
-            MetricsWriter(files.folder, run.done, steps) as metrics,
+            MetricsWriter(files.folder, run.done, steps, config.train.max_minutes) as metrics,
             StepProfiler(profile_steps, files.folder, run.done, steps) as profiled,
         ):
             ended = run_steps(
@@ -100,17 +103,20 @@ def run_steps(
     data = batches(make_windows(config, split, step), run.done)
     guard = NonFiniteGuard(make_windows(config, split), files.folder, metrics.say)
     pace = Pace(config, run.done)
-    while run.done < config.train.num_steps and not run.flat(config):
+    while not (run.is_last(config) or run.flat(config)):
         batch = next(data)
-        run.state, measured = profiled.run(run.done + 1, step.update, run.state, batch["codes"])
+        run.read_clock(config)
+        run.state, measured = profiled.run(
+            run.done + 1, step.update, run.state, batch["codes"], run.spent
+        )
         run.done += 1
         guard.add(run.done, measured, int(batch["redrawn"].sum()))
         metrics.advance()
         run.find_due(config, distributed.stop_agreed(run.done, stopping))
         if run.logging:
             read = guard.read()
-            guard.require_finite(run.done == config.train.num_steps, checkpoints.latest)
-            metrics.write(run.done, "train", pace.values(run.done, read))
+            guard.require_finite(run.is_last(config), checkpoints.latest)
+            metrics.write(run.done, "train", pace.values(run.done, run.spent, read))
         if guard.in_a_row:
             continue  # what is due waits for a finite loss, which shows that the state is good
         validation = None
@@ -128,7 +134,7 @@ def run_steps(
         if run.stopping:
             metrics.say(f"stopped by a signal; saved step {run.done}. The same command goes on.")
             return False
-        run.evaluating = run.saving = False
+        run.evaluating = run.saving = run.sampling = False
     return True
 
 
@@ -140,8 +146,10 @@ class Run:
     done: int  # completed steps
     best_nats: float | None = None  # lowest validation NLL so far
     flat_evals: int = 0  # validations since then, past `train.decay_steps`
+    began: float = dataclasses.field(default_factory=time.monotonic)  # less time between restarts
+    spent: float | None = None  # share of `train.max_minutes`; None without a limit
     logging: bool = False
-    evaluating: bool = False  # stays due until it is done, as does saving
+    evaluating: bool = False  # stays due until it is done, as do saving and sampling
     saving: bool = False
     sampling: bool = False
     stopping: bool = False
@@ -150,15 +158,38 @@ class Run:
         """Whether the validation NLL has been flat for as long as the recipe waits."""
         return 0 < config.train.patience_evals <= self.flat_evals
 
+    def out_of_time(self) -> bool:
+        """Whether the newest step was begun after the end of `train.max_minutes`.
+
+        The run ends with that step, which had the final learning rate.
+        """
+        return self.spent is not None and self.spent >= 1
+
+    def is_last(self, config: Config) -> bool:
+        """Whether the run ends with step `done`, by its steps or its time."""
+        return self.done >= config.train.num_steps or self.out_of_time()
+
+    def read_clock(self, config: Config) -> None:
+        """With `train.max_minutes`, waits for the steps begun so far and sets `spent`."""
+        if config.train.max_minutes:
+            jax.block_until_ready(self.state["step"])
+            self.set_seconds(config, distributed.from_first(time.monotonic() - self.began))
+
+    def set_seconds(self, config: Config, seconds: float) -> None:
+        """Sets `spent`, after `seconds` of training."""
+        limit = config.train.max_minutes * 60
+        self.spent = seconds / limit if limit else None
+
     def find_due(self, config: Config, stop: bool) -> None:
         """What is due after step `done`, of which `stop` says whether it is to be the last."""
-        run, done, last = config.run, self.done, self.done == config.train.num_steps
+        run, done, last = config.run, self.done, self.is_last(config)
         self.stopping |= stop
         self.evaluating |= done % run.eval_every_steps == 0 or last
         self.saving |= done % run.save_every_steps == 0 or self.evaluating or self.stopping
         self.logging = done % run.log_every_steps == 0 or self.saving
-        sampling = run.sample_every_steps > 0 and done % run.sample_every_steps == 0
-        self.sampling = sampling and not self.stopping
+        if run.sample_every_steps > 0:
+            self.sampling |= done % run.sample_every_steps == 0 or self.out_of_time()
+        self.sampling &= not self.stopping
 
     def note_validation(self, config: Config, nats: float) -> None:
         """Counts a validation for the stopping rule."""
@@ -178,6 +209,7 @@ class Run:
             best_nats=self.best_nats,
             flat_evals=self.flat_evals,
             validation_nats=validation,
+            seconds=time.monotonic() - self.began,
         )
 
 
@@ -212,21 +244,22 @@ class Pace:
     """How fast steps are done, without what comes between them."""
 
     def __init__(self, config: Config, done: int):
-        self._targets, self._schedule = config.targets_per_step, make_schedule(config)
+        self._config, self._targets = config, config.targets_per_step
         self.restart(done)
 
     def restart(self, done: int) -> None:
         """Measures from here on."""
         self._clock, self._first = time.monotonic(), done
 
-    def values(self, done: int, read: dict[str, float]) -> dict[str, float]:
+    def values(self, done: int, spent: float | None, read: dict[str, float]) -> dict[str, float]:
         """What is logged after step `done`; `read` is what the guard read."""
+        learning_rate = make_schedule(self._config, spent)(done - 1)
         seconds = (time.monotonic() - self._clock) / (done - self._first)
         self.restart(done)
         return {
             **read,
             "nll_bits": read["nll_nats"] / LN2,
-            "learning_rate": float(jax.device_get(self._schedule(done - 1))),
+            "learning_rate": float(jax.device_get(learning_rate)),
             "seconds_per_step": seconds,
             "targets_per_second": self._targets / seconds,
             "targets": done * self._targets,
@@ -287,15 +320,20 @@ def restore_or_init(config: Config, step: Step, checkpoints: Checkpoints, split:
         for change in checkpoint_metadata.changes(config, stored.config):
             logging.warning("changed since the checkpoint: %s", change)
 
+    began = time.monotonic()
     resumed = checkpoints.resume(step.abstract_state, check)
     if resumed is None:
         state = step.init()
         if config.model.linear_taps:
             state["params"] = start_from_linear_prediction(config, step, state["params"], split)
-        return Run(state, done=0)
+        return Run(state, done=0, began=began)
     state, stored = resumed
     print(f"resumed from step {checkpoints.latest}", flush=True)
-    return Run(state, int(state["step"]), stored.best_nats, stored.flat_evals)
+    run = Run(
+        state, int(state["step"]), stored.best_nats, stored.flat_evals, began - stored.seconds
+    )
+    run.set_seconds(config, stored.seconds)
+    return run
 
 
 def start_from_linear_prediction(config: Config, step: Step, params: Any, split: Split) -> Any:
@@ -343,6 +381,8 @@ def closing_words(
 ) -> str:
     """The result and the commands to go on with."""
     lines = [f"trained to step {run.done}, {run.done * config.targets_per_step:,} targets"]
+    if run.out_of_time():
+        lines[0] += f"; config.train.max_minutes={config.train.max_minutes:g} ended it"
     if (best := run.best_nats) is not None:
         lines.append(
             f"best validation (step {best_step}): {best / LN2:.4f} bits ({best:.4f} nats) per "

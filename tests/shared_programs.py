@@ -26,7 +26,7 @@ def _same_programs(config: Config) -> Config:
     return dataclasses.replace(
         config,
         data=DataConfig(quantiser=config.data.quantiser),
-        train=dataclasses.replace(config.train, num_steps=1, patience_evals=0),
+        train=dataclasses.replace(config.train, num_steps=1, patience_evals=0, max_minutes=0.0),
         run=RunConfig(
             phase_chunk=run.phase_chunk,
             encode_chunk_patches=run.encode_chunk_patches,

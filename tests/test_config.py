@@ -131,6 +131,8 @@ def test_an_unknown_argument_is_named():
         ("train.learning_rate", float("nan"), "config.train.learning_rate must be finite"),
         ("train.learning_rate", "fast", "config.train.learning_rate must be of type float"),
         ("train.batch_size", True, "config.train.batch_size must be of type int"),
+        ("train.max_minutes", -1.0, "config.train.max_minutes must be at least 0"),
+        ("train.max_minutes", 5, "config.train.max_minutes needs config.train.schedule='cosine'"),
         ("run.phase_chunk", 7, "config.run.phase_chunk 7 does not divide"),
         ("run.encode_chunk_patches", 7, "config.run.encode_chunk_patches 7 does not divide"),
     ],

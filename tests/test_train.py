@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -273,10 +274,10 @@ def test_a_signal_saves_and_exits_cleanly(number, data_dir, tmp_path, monkeypatc
 
     update = Step.update
 
-    def signalled(step, state, codes):
+    def signalled(step, state, *rest):
         if int(state["step"]) == 2:
             signal.raise_signal(number)
-        return update(step, state, codes)
+        return update(step, state, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(Step, "update", signalled)
@@ -286,6 +287,81 @@ def test_a_signal_saves_and_exits_cleanly(number, data_dir, tmp_path, monkeypatc
         assert checkpoints.latest == 3
     assert train(small(data_dir), tmp_path)
     assert [r["step"] for r in metrics(tmp_path) if r["kind"] == "train"] == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def clips(monkeypatch) -> list[int]:
+    """The steps after which clips are made, which are empty."""
+    steps = []
+
+    def make(config, params, folder, done, stopping):
+        steps.append(done)
+        return np.zeros((0, 1), np.int16)
+
+    monkeypatch.setattr(train_module.preview, "make", make)
+    return steps
+
+
+@pytest.fixture
+def minute_steps(monkeypatch) -> None:
+    """A training step takes a minute of the clock, and nothing else takes any."""
+    now, update = [0.0], Step.update
+
+    def timed(*args):
+        now[0] += 60
+        return update(*args)
+
+    monkeypatch.setattr(Step, "update", timed)
+    clock = types.SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(train_module, "time", clock)
+
+
+def test_ends_when_its_minutes_are_used_up(data_dir, tmp_path, minute_steps, clips, capsys):
+    recipe = {"num_steps": 100, "schedule": "cosine", "decay_steps": 100}
+    config = small(data_dir, final_learning_rate=1e-5, max_minutes=5.0, **recipe)
+    config = dataclasses.replace(
+        config, run=dataclasses.replace(config.run, eval_every_steps=4, sample_every_steps=50)
+    )
+
+    def rates() -> list[float]:
+        return [row["learning_rate"] for row in metrics(tmp_path) if row["kind"] == "train"]
+
+    def decayed(share: float) -> float:
+        return 1e-5 + (1e-3 - 1e-5) * (1 + np.cos(np.pi * share)) / 2
+
+    assert train(with_steps(config, 3), tmp_path)
+    assert rates() == pytest.approx([decayed(x / 5) for x in range(3)])
+    assert train(config, tmp_path)
+    assert rates() == pytest.approx([decayed(x / 5) for x in range(6)])
+    assert rates()[-1] == pytest.approx(1e-5)
+    printed = capsys.readouterr().out
+    assert "trained to step 6, 11,520 targets; config.train.max_minutes=5 ended" in printed
+    validated = [row["step"] for row in metrics(tmp_path) if row["kind"] == "validation"]
+    assert (validated, clips) == ([3, 4, 6], [6])
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 6
+        assert checkpoints.record(6).seconds == 360
+
+    assert train(config, tmp_path)  # stays ended
+    assert len(rates()) == 6
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, max_minutes=8.0))
+    assert train(longer, tmp_path)
+    assert rates()[6:] == pytest.approx([decayed(x / 8) for x in (6, 7, 8)])
+
+
+def test_the_learning_rate_by_time_reaches_the_update():
+    """The same step and gradient, at the start of the budget, in its middle and at its end."""
+    recipe = {"schedule": "cosine", "decay_steps": 100, "learning_rate": 1e-3}
+    config = small(max_minutes=5.0, final_learning_rate=1e-4, **recipe)
+    step, codes = make_step(config, mesh_of(1)), random_codes(8, config.window_samples)
+    moved = []
+    for spent in (None, 0.0, 0.5, 1.0, 3.0):
+        before = jax.device_get(step.init()["params"])
+        state, _ = step.update(step.init(), codes, spent)
+        change = jax.tree.map(lambda a, b: a - b, jax.device_get(state["params"]), before)
+        moved.append(np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(change))))
+    np.testing.assert_allclose(moved / moved[0], [1, 1, 0.55, 0.1, 0.1], rtol=1e-3)
+    assert step.apply._cache_size() == 2  # one program without a budget, one with
 
 
 def test_schedules_by_hand():
@@ -304,6 +380,11 @@ def test_schedules_by_hand():
     assert [float(cosine(step)) for step in (0, 5, 10, 60, 110, 500)] == pytest.approx(
         [0, 0.5, 1, 0.55, 0.1, 0.1]
     )
+    timed = [(0, 0.5, 0), (5, 0.1, 0.5), (5, 1, 0.1), (10, 0, 1), (20, 60 / 110, 0.55)]
+    timed += [(60, 0.1, 0.55), (60, 1, 0.1), (500, 0, 0.1)]
+    for step, spent, wanted in timed:
+        found = make_schedule(Config(train=recipe), spent)(step)
+        assert float(found) == pytest.approx(wanted), (step, spent)
 
 
 def test_a_batch_that_does_not_split_over_the_devices_is_named():

@@ -129,6 +129,13 @@ def process_min(value: float) -> float:
     return float(multihost_utils.process_allgather(np.float32(value)).min())
 
 
+def from_first(value: float) -> float:
+    """The first process' `value`. Collective: all processes must call it."""
+    if jax.process_count() == 1:
+        return value
+    return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+
+
 def all_agree(value: bool) -> bool:
     """Whether `value` is true in every process. Collective: all processes must call it."""
     return process_min(float(value)) == 1

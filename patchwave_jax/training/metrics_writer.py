@@ -1,6 +1,7 @@
 """The metrics of a run: `metrics.jsonl`, TensorBoard, and a progress bar or lines."""
 
 import json
+import math
 import os
 import socket
 import sys
@@ -26,10 +27,17 @@ _pb: Any = event_pb2
 class MetricsWriter:
     """Metrics of one run. A context manager."""
 
-    def __init__(self, workdir: str | os.PathLike[str], first_step: int, num_steps: int):
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        first_step: int,
+        num_steps: int,
+        max_minutes: float = 0.0,
+    ):
         """Opens the logs of `workdir`; rows past `first_step`, which will be repeated, are removed.
 
-        Of several processes only the first writes.
+        The run ends after `num_steps` or, if that is not 0, `max_minutes`. Of several processes
+        only the first writes.
         """
         self._path = Path(workdir) / "metrics.jsonl"
         text = self._path.read_text(errors="replace") if self._path.exists() else ""
@@ -51,6 +59,7 @@ class MetricsWriter:
         self._flush()
         minutes = [json.loads(row).get("minutes", 0.0) for row in kept[-1:]]
         self._start = time.monotonic() - 60 * (minutes[0] if minutes else 0.0)
+        self._max_minutes = max_minutes or math.inf
         self._bar = tqdm(
             initial=first_step,
             total=num_steps,
@@ -93,6 +102,7 @@ class MetricsWriter:
             self._bar.set_postfix_str(f"{bits:.3f} bits, {rate} targets/s")
             if self._bar.disable:
                 left = (self._bar.total - step) * values["seconds_per_step"] / 60
+                left = max(0.0, min(left, self._max_minutes - self.minutes))
                 print(
                     f"step {step}/{self._bar.total}: {bits:.3f} bits/sample, "
                     f"{rate} targets/s, {left:.1f} min left",

@@ -70,11 +70,14 @@ class Step:
     init: Callable[[], State]
     zeros: Callable[[], Any]  # the sum that `accumulate` begins with
     accumulate: Any  # (sum, params, carry, codes, step, index) -> (sum, row_nats, carry); jitted
-    apply: Any  # (state, sum, carry) -> (state, metrics); jitted
+    apply: Any  # (state, sum, carry, spent=None) -> (state, metrics); jitted
 
-    def update(self, state: State, codes: UInt8[np.ndarray, "B T"]) -> tuple[State, dict[str, Any]]:
+    def update(
+        self, state: State, codes: UInt8[np.ndarray, "B T"], spent: float | None = None
+    ) -> tuple[State, dict[str, Any]]:
         """The state after one step on this process' rows of a batch; `state` is donated.
 
+        `spent` is the share of `train.max_minutes` that is used; None without a limit.
         Metrics are `nll_nats`, `gradient_norm`, and as `row_nats` the NLL of each micro-batch's
         rows.
         """
@@ -87,7 +90,7 @@ class Step:
                 total, state["params"], carry, rows, state["step"], index
             )
             row_nats.append(own)
-        state, metrics = self.apply(state, total, carry)
+        state, metrics = self.apply(state, total, carry, spent)
         return state, {**metrics, "row_nats": row_nats}
 
 
@@ -100,8 +103,7 @@ def make_step(config: Config, mesh: Mesh) -> Step:
     shards, micro = context_shards(config, mesh), MicroBatches.of(config, mesh)
     execution = choose_execution(config, micro.rows_each, one_device(mesh), shards)
     graphdef, _ = config.abstract_model(execution)
-    optimizer = make_optimizer(config)
-    init = partial(init_state, config, optimizer)
+    init = partial(init_state, config)
     layouts = state_layouts(init, mesh)
     abstract_state = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
@@ -128,18 +130,19 @@ def make_step(config: Config, mesh: Mesh) -> Step:
             donate_argnums=donated,
         ),
         apply=jax.jit(
-            partial(apply, optimizer, micro.count),
+            partial(apply, config, micro.count),
             out_shardings=(layouts, everywhere),
             donate_argnums=donated,
         ),
     )
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation) -> State:
+def init_state(config: Config) -> State:
     """The state before the first step."""
     model = config.build_model(nnx.Rngs(config.seed))
     params = nnx.state(model)
-    state = {"params": params, "opt_state": optimizer.init(params), "step": jnp.int32(0)}
+    opt_state = make_optimizer(config).init(params)
+    state = {"params": params, "opt_state": opt_state, "step": jnp.int32(0)}
     carry = model.init_carry(config.train.batch_size)
     return {**state, "carry": carry} if jax.tree.leaves(carry) else state
 
@@ -216,14 +219,16 @@ def accumulate(
 
 
 def apply(
-    optimizer: optax.GradientTransformation, count: int, state: State, total: Any, carry: Any
-) -> tuple[State, dict[str, Array]]:
+    config: Config, count: int, state: State, total: Any, carry: Any,
+    spent: Array | float | None = None,
+) -> tuple[State, dict[str, Array]]:  # fmt: skip
     """The state after the update by the mean of `count` losses and gradients.
 
     A step that is not finite leaves parameters and moments as they were; what counts steps, and so
     the learning rate, goes on. `NonFiniteGuard` tells of it.
     """
     nats, gradient = jax.tree.map(lambda x: x / count, total)
+    optimizer = make_optimizer(config, spent)
     updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     metrics = {"nll_nats": nats, "gradient_norm": optax.tree.norm(gradient)}

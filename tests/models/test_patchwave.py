@@ -113,6 +113,21 @@ def test_log_probs_and_chunks_equal_logits(config):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-5, err_msg=str(chunks))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_log_probs_of_any_number_of_samples_are_the_last_ones(causal):
+    model, size = random_model(OURS, causal=causal), OURS.patch_samples
+    segment = random_codes(2, 4 * size)
+    log_probs = jax.jit(model.log_probs, static_argnums=1)
+    whole = np.asarray(log_probs(segment, 3 * size))
+    for last_n in (1, size - 1, size + 1):
+        got = log_probs(segment, last_n)
+        assert got.shape == (2, last_n)
+        np.testing.assert_allclose(got, whole[:, -last_n:], rtol=1e-5, atol=2e-5)
+    for last_n in (0, 3 * size + 1):
+        with pytest.raises(ValueError, match=rf"last_n {last_n} is not in \[1, {3 * size}\]"):
+            model.log_probs(segment, last_n)
+
+
 def test_chunks_leave_the_gradient_as_it_is():
     model = random_model(OURS, causal=True)
     size = OURS.patch_samples

@@ -128,6 +128,21 @@ def test_two_processes_are_stopped_and_killed_and_one_resumes(data, cache, tmp_p
     assert disturbed == pytest.approx({key: straight[key] for key in disturbed}, rel=1e-5)
 
 
+def test_the_first_process_clock_ends_all(data, cache, tmp_path):
+    command = [str(HERE / "pod/fast_clock.py"), f"--config={HERE / 'pod/tiny.py'}"]
+    command += [f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={data}"]
+    command += ["--config.train.schedule=cosine", "--config.train.num_steps=2"]
+    with Pair(cache, *command, "--config.train.max_minutes=100") as pair:
+        outputs = pair.finish(120)  # alone, the second would end after a step
+        assert [p.returncode for p in pair.processes] == [0, 0], outputs
+    with Pair(
+        cache, *command, "--config.train.num_steps=3", "--config.train.max_minutes=1e-9"
+    ) as pair:
+        outputs = pair.finish(120)
+        assert [p.returncode for p in pair.processes] == [0, 0], outputs
+    assert metrics(tmp_path / "run")[-1]["step"] == 2  # a used-up budget stays used up
+
+
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_process_that_hangs_ends_the_other(silent, data, cache, tmp_path):
     command = [str(HERE / "pod/impatient.py"), f"--config={HERE / 'pod/tiny.py'}"]

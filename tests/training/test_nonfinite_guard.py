@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from conftest import random_codes
 from shared_programs import make_step
-from test_train import data_dir, final_state, mesh_of, metrics, same_bits, small  # noqa: F401
+from test_train import (  # noqa: F401
+    clips,
+    data_dir,
+    final_state,
+    mesh_of,
+    metrics,
+    same_bits,
+    small,
+)  # fmt: skip
 
 from patchwave_jax import train as train_module
 from patchwave_jax.data.index import open_split
@@ -61,11 +69,11 @@ def laced(monkeypatch):
     update = Step.update
 
     def lace(steps: set[int]) -> None:
-        def laced_update(step, state, codes):
+        def laced_update(step, state, codes, spent):
             if int(state["step"]) + 1 in steps:
                 codes = codes.copy()
                 codes[1, -100] = 255
-            return update(step, state, codes)
+            return update(step, state, codes, spent)
 
         def make(*args):
             step = make_step(*args)
@@ -78,9 +86,12 @@ def laced(monkeypatch):
     return lace
 
 
-def test_training_skips_counts_and_keeps_the_offending_rows(data_dir, tmp_path, laced, capsys):  # noqa: F811
+def test_training_skips_counts_and_keeps_the_offending_rows(
+    data_dir, tmp_path, laced, clips, capsys  # noqa: F811
+):  # fmt: skip
     laced({3, 6})
     config = small(data_dir, num_steps=8, micro_batch_size=2)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, sample_every_steps=6))
     halfway = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=5))
     train(config, tmp_path)
     told = capsys.readouterr().out
@@ -88,6 +99,7 @@ def test_training_skips_counts_and_keeps_the_offending_rows(data_dir, tmp_path, 
     assert [r["step"] for r in rows if r.get("skipped_steps")] == [3, 6]
     # what was due at step 6 is done after the next finite step
     assert [r["step"] for r in rows if r["kind"] == "validation"] == [2, 4, 7, 8]
+    assert clips == [7]
     windows = make_windows(config, open_split(data_dir, "audio_folder", "train"))
     for step in (3, 6):
         batch, kept = windows[step - 1], np.load(tmp_path / f"nonfinite/step-{step}.npz")

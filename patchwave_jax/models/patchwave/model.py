@@ -199,12 +199,18 @@ class PatchWave(Model):
         return mean_over_chunks(nats, pieces, fixed, axis=2, size=chunk)
 
     def log_probs(self, segment: UInt8[Array, "B S"], last_n: int) -> Float32[Array, "B n"]:
-        """Log-probabilities, in nats, of the `last_n` samples of a segment, whole patches of them.
+        """Log-probabilities, in nats, of the `last_n` samples of a segment.
 
-        With shards, a device has the targets of its own phases only, patch by patch.
+        With shards, these are whole patches, and a device has the targets of its own phases only,
+        patch by patch.
         """
-        log_probs = self._dense(segment, self.head.log_prob, last_n // self.config.patch_samples)
-        return log_probs.reshape(segment.shape[0], -1)
+        size = self.config.patch_samples
+        if not 0 < last_n <= segment.shape[1] - size:
+            raise ValueError(f"last_n {last_n} is not in [1, {segment.shape[1] - size}]")
+        if self.execution.shards is not None and last_n % size:
+            raise ValueError(f"last_n {last_n} is not a multiple of the {size} samples of a patch")
+        log_probs = self._dense(segment, self.head.log_prob, -(-last_n // size))
+        return log_probs.reshape(segment.shape[0], -1)[:, -last_n:]
 
     def logits(self, segment: UInt8[Array, "B S"], every: int = 1) -> Float32[Array, "B n 256"]:
         """Logits of the samples P, P + every, ... of a segment; `every` divides P."""
