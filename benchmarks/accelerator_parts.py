@@ -1,0 +1,589 @@
+"""The cases of `benchmarks.accelerator`: `python -m benchmarks.accelerator_parts PART FILE`.
+
+Every case gets a line of FILE when it begins, and another with what it found. Times are medians;
+differences are the largest of absolute log-probabilities, in nats, unless a name says otherwise.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from patchwave_jax import recipes
+from patchwave_jax.config import Config
+from patchwave_jax.config_dict import from_config_dict
+from patchwave_jax.evaluation.evaluator import Evaluator
+from patchwave_jax.generation import check
+from patchwave_jax.models.patchwave.config import PatchWaveConfig
+from patchwave_jax.models.predictors import least_squares
+from patchwave_jax.planning import aot_compile, hardware
+from patchwave_jax.runtime.mesh import make_mesh
+from patchwave_jax.training.step import make_step
+
+Case = tuple[str, Callable[[], dict[str, Any]]]
+Found = dict[str, Any]
+HIGHEST = "highest"
+PREDICTORS_SAMPLES = 128_000
+
+
+def seconds_of(function: Callable[..., Any], *args: Any, at_least: float = 0.2) -> float:
+    """Median time of a call after the first; at least three calls, and `at_least` seconds."""
+    jax.block_until_ready(function(*args))
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < at_least and len(times) < 50):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def random_codes(*shape: int, seed: int = 0) -> np.ndarray:
+    """Codes of a decaying chord with noise: something that predictors predict."""
+    rng, time_axis = np.random.default_rng(seed), np.arange(shape[-1])
+    notes = sum(np.sin(time_axis * f) for f in (0.05, 0.081, 0.131))
+    wave = 12 * notes * np.exp(-(time_axis % 16_000) / 8_000) + rng.normal(0, 1, shape)
+    return np.clip(np.rint(128 + wave), 0, 255).astype(np.uint8)
+
+
+# The device.
+
+
+def device(small: bool) -> Iterator[Case]:
+    """Its name, memory and rates."""
+    chip = jax.devices()[0]
+
+    def about() -> Found:
+        stats = chip.memory_stats() or {}
+        return {
+            "kind": chip.device_kind,
+            "jax": jax.__version__,
+            "backend": chip.client.platform_version.splitlines()[0],
+            "usable_gib": stats.get("bytes_limit", 0) / 2**30,
+        }
+
+    def copy() -> Found:
+        x = jax.random.normal(jax.random.key(0), (2**22 if small else 2**28,))
+        seconds = seconds_of(jax.jit(lambda x: x + 1), x)
+        return {"gb_per_second": 2 * x.nbytes / seconds / 1e9}
+
+    def product(dtype: Any, precision: Any) -> Found:
+        size = 512 if small else 8192
+        x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+        seconds = seconds_of(jax.jit(lambda x: jnp.matmul(x, x, precision=precision)), x)
+        return {"tflops_per_second": 2 * size**3 / seconds / 1e12}
+
+    def launch() -> Found:
+        def many(x: jax.Array) -> jax.Array:
+            return lax.fori_loop(0, 1000, lambda i, x: x * 0.999 + i, x)
+
+        return {"microseconds_per_turn": 1e6 * seconds_of(jax.jit(many), jnp.ones(64)) / 1000}
+
+    yield "about", about
+    yield "copy", copy
+    for name, dtype, precision in (
+        ("product float32", jnp.float32, HIGHEST),
+        ("product float32, default precision", jnp.float32, None),
+        ("product bfloat16", jnp.bfloat16, None),
+    ):
+        yield name, functools.partial(product, dtype, precision)
+    yield "an empty loop", launch
+
+
+# Correctness.
+
+
+def plain(context: int, **model: Any) -> Config:
+    """Ours at full width, without adaptive predictors, which have no float64 to compare with."""
+    given: Any = dict(input="embedding", skip_connections=True, head="logistic_mixture", **model)
+    model_config = PatchWaveConfig(**given, **recipes.NO_DROPOUT)
+    return Config(objective="dense", context_samples=context, model=model_config)
+
+
+def tiny(context: int, patch: int) -> Any:
+    return {"patch_samples": patch} if patch != 2000 else {}
+
+
+def both_forms(config: Config, params: Any, codes: np.ndarray, places: list[int]) -> Any:
+    """Log-probabilities of the dense form's samples at `places`, and of the patch form there."""
+    context, size = config.context_samples, config.window_unit
+    graphdef, _ = config.abstract_model()
+
+    def dense(params: Any, codes: Any) -> Any:
+        return nnx.merge(graphdef, params).log_probs(codes, context)
+
+    def patch(params: Any, windows: Any) -> Any:
+        return nnx.merge(graphdef, params).next_sample_log_prob(windows)
+
+    windows = np.concatenate([codes[:, t - context : t + 1] for t in places])
+    log_probs = jax.jit(dense)(params, codes)
+    chosen = np.asarray(log_probs)[0, [t - size for t in places]]
+    return chosen, np.asarray(jax.jit(patch)(params, windows))
+
+
+def forms(small: bool) -> Found:
+    """Both forms on this device and, in float64, on the CPU."""
+    config = plain(4 * 500 if small else 8 * 2000, **tiny(0, 500 if small else 2000))
+    context, size = config.context_samples, config.window_unit
+    codes = random_codes(1, context + size)
+    places = [context + i for i in (0, 1, 77, size - 1)]  # those with the whole context
+    params = jax.jit(lambda: nnx.state(config.build_model(nnx.Rngs(0))))()
+    found: Found = {}
+    cpu = jax.devices("cpu")[0]
+    with jax.enable_x64(True), jax.default_device(cpu):
+        double = dataclasses.replace(config.model, compute_dtype="float64")
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(params))
+        exact, _ = both_forms(dataclasses.replace(config, model=double), wide, codes, places)
+    for name, precision in (("", None), ("_highest", HIGHEST)):
+        with jax.default_matmul_precision(precision or "default"):
+            dense, patch = both_forms(config, params, codes, places)
+        found[f"forms{name}"] = float(np.abs(dense - patch).max())
+        found[f"float64{name}"] = float(np.abs(dense - exact).max())
+    return found
+
+
+def on(config: Config, platform_device: Any, precision: str | None, params: Any, codes: Any) -> Any:
+    """Loss and gradients of a batch on one device, as the training step computes them."""
+    step = make_step(config, make_mesh(1, [platform_device]))
+    state = step.init()
+    if params is not None:
+        state["params"] = jax.device_put(params, step.mesh.devices.flat[0])
+    rows = jax.device_put(codes, step.mesh.devices.flat[0])
+    with jax.default_matmul_precision(precision or "default"):
+        arguments = state["params"], state.get("carry", ()), rows, state["step"], 0
+        (nats, gradient), _, _ = step.accumulate(step.zeros(), *arguments)
+    return jax.device_get((state["params"], nats, gradient))
+
+
+def against_cpu(config: Config) -> Found:
+    """One step's loss and gradients here and on the CPU."""
+    codes = random_codes(config.train.batch_size, config.window_samples // config.segments)
+    params, nats, gradient = on(config, jax.devices("cpu")[0], HIGHEST, None, codes)
+    found: Found = {}
+    for name, precision in (("", None), ("_highest", HIGHEST)):
+        _, own_nats, own = on(config, jax.devices()[0], precision, params, codes)
+        error = sum(
+            np.square(a - b).sum()
+            for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(gradient), strict=True)
+        )
+        size = sum(np.square(x).sum() for x in jax.tree.leaves(gradient))
+        found[f"loss{name}"] = float(abs(own_nats - nats))
+        found[f"gradient{name}_relative"] = float(np.sqrt(error / size))
+    return found
+
+
+def consistency(config: Config) -> Found:
+    """Cached generation against uncached evaluation."""
+    evaluator = Evaluator(config, make_mesh(1, jax.devices()[:1]))
+    params = nnx.state(config.build_model(nnx.Rngs(0)))
+    found: Found = {}
+    for name, precision in (("", None), ("_highest", HIGHEST)):
+        with jax.default_matmul_precision(precision or "default"):
+            result = check.check(evaluator, params, random_codes(20_000))
+        found[f"cached{name}"], found[f"passed{name}"] = result.largest, result.passed
+    return found
+
+
+def repeated(config: Config) -> Found:
+    """Whether four steps give the same bits as two steps, a copy to the host, and two more."""
+    step = make_step(config, make_mesh(1, jax.devices()[:1]))
+    batches = [random_codes(config.train.batch_size, config.window_samples, seed=i) for i in (0, 1)]
+
+    def run(restart: bool) -> Any:
+        state = step.init()
+        for i in range(4):
+            state, _ = step.update(state, batches[i % 2])
+            if restart and i == 1:
+                state = jax.device_put(jax.device_get(state))
+        return jax.device_get(state["params"])
+
+    straight, resumed = run(False), run(True)
+    pairs = list(zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True))
+    return {
+        "equal_bits": all(np.array_equal(a, b) for a, b in pairs),
+        "largest_difference": float(max(np.abs(a - b).max() for a, b in pairs)),
+    }
+
+
+def shortened(config: Config, context: int, rows: int = 2) -> Config:
+    train = dataclasses.replace(config.train, batch_size=rows, micro_batch_size=0)
+    return dataclasses.replace(config, context_samples=context, train=train)
+
+
+def without_dropout(config: Config) -> Config:
+    names = [x.name for x in dataclasses.fields(config.model) if x.name.endswith("dropout")]
+    values: Any = dict.fromkeys(names, 0.0)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **values))
+
+
+def correctness(small: bool) -> Iterator[Case]:
+    """Forms against each other and float64, steps against the CPU's, caches, resumption."""
+    laptop = shortened(configuration("laptop"), 2_000 if small else 8_000)
+    yield "forms", functools.partial(forms, small)
+    yield "step laptop", functools.partial(against_cpu, laptop)
+    yield "generation laptop", functools.partial(consistency, laptop)
+    yield "resumption laptop", functools.partial(repeated, laptop)
+    if small:
+        return
+    for name, context in (("ctx128k", 16_000), ("ctx128k:dense", 8_000)):
+        config = without_dropout(shortened(configuration(name), context))
+        yield f"step {name}", functools.partial(against_cpu, config)
+    yield (
+        "generation ctx128k",
+        functools.partial(consistency, shortened(configuration("ctx128k"), 8_000)),
+    )
+    for name in ("wavenet", "samplernn", "sashimi", "megabyte"):
+        config = without_dropout(shortened(configuration(name), 4_096))
+        yield f"step {name}", functools.partial(against_cpu, config)
+
+
+# The encoder's convolutions.
+
+
+def library(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
+    return lax.conv_general_dilated(
+        x, kernel, (1,), "VALID", rhs_dilation=(dilation,), dimension_numbers=("NWC", "WIO", "NWC")
+    )
+
+
+def by_phases(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
+    """The samples of one phase, `dilation` apart, are a row of their own."""
+    outputs = x.shape[1] - (kernel.shape[0] - 1) * dilation
+    length = -(-x.shape[1] // dilation) * dilation
+    x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)))
+    rows = x.reshape(x.shape[0], -1, dilation, x.shape[2]).swapaxes(1, 2)
+    y = library(rows.reshape(-1, rows.shape[2], x.shape[2]), kernel, 1)
+    y = y.reshape(x.shape[0], dilation, -1, y.shape[2]).swapaxes(1, 2)
+    return y.reshape(x.shape[0], -1, y.shape[3])[:, :outputs]
+
+
+def by_products(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
+    """One matrix product for each tap, of shifted samples."""
+    outputs = x.shape[1] - (kernel.shape[0] - 1) * dilation
+    shifted = [x[:, k * dilation :][:, :outputs] for k in range(kernel.shape[0])]
+    return sum(piece @ tap for piece, tap in zip(shifted, kernel, strict=True))
+
+
+def by_one_product(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
+    """One matrix product of all taps, side by side."""
+    outputs = x.shape[1] - (kernel.shape[0] - 1) * dilation
+    shifted = [x[:, k * dilation :][:, :outputs] for k in range(kernel.shape[0])]
+    return jnp.concatenate(shifted, -1) @ kernel.reshape(-1, kernel.shape[2])
+
+
+FORMS = {
+    "library": library, "phases": by_phases, "products": by_products, "one product": by_one_product,
+}  # fmt: skip
+
+
+def convolutions(small: bool) -> Iterator[Case]:
+    """Seven taps, 128 channels to 128 filters, on 128,000 samples; forward with backward."""
+    samples, channels = (2_000, 16) if small else (128_000, 128)
+
+    def measure(form: Any, dilation: int, dtype: Any) -> Found:
+        keys = jax.random.split(jax.random.key(0), 3)
+        x = jax.random.normal(keys[0], (1, samples, channels)).astype(dtype)
+        kernel = jax.random.normal(keys[1], (7, channels, channels)).astype(dtype) / 30
+        outputs = samples - 6 * dilation
+        g = jax.random.normal(keys[2], (1, outputs, channels)).astype(dtype)
+
+        def both(x: Any, kernel: Any, g: Any) -> Any:
+            y, pull = jax.vjp(lambda x, kernel: form(x, kernel, dilation), x, kernel)
+            return y, pull(g)
+
+        begin = time.perf_counter()
+        made = jax.jit(both)(x, kernel, g)
+        compile_seconds = time.perf_counter() - begin
+        exact = jax.jit(lambda x, k: by_products(x, k, dilation))(
+            x.astype(jnp.float32), kernel.astype(jnp.float32)
+        )
+        seconds = seconds_of(jax.jit(both), x, kernel, g, at_least=0.05)
+        forward = seconds_of(jax.jit(lambda x, k: form(x, k, dilation)), x, kernel, at_least=0.05)
+        flops = 2 * 7 * channels**2 * outputs
+        error = jnp.abs(made[0].astype(jnp.float32) - exact).max() / jnp.abs(exact).max()
+        return {
+            "ms": 1e3 * seconds,
+            "forward_ms": 1e3 * forward,
+            "tflops_per_second": 3 * flops / seconds / 1e12,
+            "relative_error": float(error),
+            "compile_seconds": compile_seconds,
+        }
+
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for dilation in (1, 2, 12, 72) if not small else (1, 12):
+            for name, form in FORMS.items():
+                yield (
+                    f"{name}, dilation {dilation}, {jnp.dtype(dtype).name}",
+                    functools.partial(measure, form, dilation, dtype),
+                )
+
+
+# The predictors.
+
+
+def predictors(small: bool) -> Iterator[Case]:
+    """The adaptive predictors and the denoiser alone, forward."""
+    samples = 4_000 if small else PREDICTORS_SAMPLES
+    full = PatchWaveConfig(head="logistic_mixture", **recipes.ADAPTIVE)
+    alone: list[tuple[str, Any]] = [("all", full)]
+    no_denoiser: Any = {"denoiser_taps": 0, "denoiser_window": 0}
+    for taps, window in zip(full.adaptive_taps, full.adaptive_windows, strict=True):
+        one: Any = {"adaptive_taps": (taps,), "adaptive_windows": (window,), **no_denoiser}
+        alone.append((f"{taps} taps", dataclasses.replace(full, **one)))
+    one = {"adaptive_taps": (24,), "adaptive_windows": (1024,)}
+    alone.insert(1, ("24 taps, denoiser", dataclasses.replace(full, **one)))
+
+    def measure(config: PatchWaveConfig, rows: int, at_once: int) -> Found:
+        bank = config.predictor_bank("mulaw")
+        codes = random_codes(rows, samples + bank.lookback)
+        with attribute(least_squares, "BLOCKS_AT_ONCE", at_once):
+
+            def run(codes: Any) -> Any:
+                prediction, features = bank.predict(codes, bank.lookback)
+                return prediction.mean.sum() + features.sum()
+
+            begin = time.perf_counter()
+            compiled = jax.jit(run)
+            jax.block_until_ready(compiled(codes))
+            first = time.perf_counter() - begin
+            seconds = seconds_of(compiled, jnp.asarray(codes), at_least=0)
+        return {
+            "seconds": seconds,
+            "targets_per_second": rows * samples / seconds,
+            "first_seconds": first,
+        }
+
+    most = 10**6
+    for name, config in alone:
+        yield f"{name}, 256 blocks at once", functools.partial(measure, config, 1, 256)
+        if name == "all":
+            yield f"{name}, all blocks", functools.partial(measure, config, 1, most)
+            if not small:
+                yield f"{name}, all blocks, 8 rows", functools.partial(measure, config, 8, most)
+
+
+@contextlib.contextmanager
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+# Steps.
+
+
+def configuration(name: str) -> Config:
+    """`ctx128k:dense`: of configs/ctx128k.py, with its argument."""
+    file, _, arg = name.partition(":")
+    path = Path(__file__).parents[1] / "configs" / f"{file}.py"
+    spec = importlib.util.spec_from_file_location(f"config_{file}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(module.get_config(arg))
+
+
+def steps(small: bool) -> Iterator[Case]:
+    """Whole training steps of every configuration, on random codes."""
+    names = [
+        "ctx128k:dense", "laptop, 32 rows", "ctx128k", "ctx128k:dense, 8 rows at once",
+        "ctx128k:dense, bfloat16", "ctx1m:dense", "sashimi", "wavenet", "samplernn", "ctx1m",
+        "megabyte", "ctx512k:dense", "ctx512k", "laptop",
+    ] if not small else ["laptop"]  # fmt: skip
+    for name in names:
+        yield name, functools.partial(one_step, varied(name, small))
+
+
+def varied(name: str, small: bool) -> Config:
+    file, _, variation = name.partition(", ")
+    config = configuration(file)
+    train, model = config.train, config.model
+    if variation == "32 rows":
+        train = dataclasses.replace(train, batch_size=32, micro_batch_size=0)
+    elif variation == "8 rows at once":
+        train = dataclasses.replace(train, batch_size=8, micro_batch_size=8)
+    elif variation == "bfloat16":
+        model = dataclasses.replace(model, compute_dtype="bfloat16")
+    config = dataclasses.replace(config, train=train, model=model)
+    return shortened(config, 4_000) if small else config
+
+
+def one_step(config: Config) -> Found:
+    chip = jax.devices()[0]
+    step = make_step(config, make_mesh(1, [chip]))
+    begin = time.perf_counter()
+    programs = aot_compile.compile_programs(step)
+    compile_seconds = time.perf_counter() - begin
+    state = step.init()
+    codes = random_codes(config.train.batch_size, config.window_samples // config.segments)
+    box = [state]
+
+    def again() -> Any:
+        box[0], metrics = step.update(box[0], codes)
+        return metrics
+
+    seconds = seconds_of(again)
+    dtype = config.model.compute_dtype
+    found: Found = {
+        "ms": 1e3 * seconds,
+        "targets_per_second": config.targets_per_step / seconds,
+        "compile_seconds": compile_seconds,
+        "phase_chunk": step.execution.phase_chunk,
+        "planned_gib": sum(aot_compile.memory_by_kind(step, programs).values()) / 2**30,
+    }
+    stats = chip.memory_stats() or {}
+    found["peak_gib_so_far"] = stats.get("peak_bytes_in_use", 0) / 2**30
+    known = next((c for c in hardware.CHIPS.values() if c.kind == chip.device_kind), None)
+    useful = config.model.useful_flops(config.context_samples, config.causal)
+    if useful and known:
+        found["share_of_peak"] = useful * config.train.batch_size / seconds / known.flops[dtype]
+    if known:
+        bound = aot_compile.roofline(known, programs, dtype)["step"]
+        found |= {"bound_ms": 1e3 * bound, "over_bound": seconds / bound}
+    return found
+
+
+# Generation.
+
+
+def generation(small: bool) -> Iterator[Case]:
+    """Samples per second at the end of a full context, as `benchmarks/generate.py` has them."""
+    from benchmarks import generate
+
+    contexts = (4_000,) if small else (128_000, 1_000_000)
+
+    def measure(name: str, context: int, num: int) -> Found:
+        config = Config(objective="dense", context_samples=context)
+        if name == "laptop":
+            config = configuration("laptop")
+        params = jax.jit(lambda: nnx.state(config.build_model(nnx.Rngs(0))))()
+        stats = jax.devices()[0].memory_stats() or {"bytes_limit": 4 * 2**30}
+        with attribute(generate, "memory_bytes", lambda: stats["bytes_limit"]):
+            found = generate.cached(config, params, num, 0.5, False)
+        if "samples_per_second" in found:
+            rate: Any = found["samples_per_second"]
+            found["per_stream"] = rate / num
+            found["microseconds_per_step"] = 1e6 * num / rate
+        return dict(found)
+
+    for context in contexts:
+        for num in (1, 64) if not small else (1, 2):
+            yield f"paper, {context}, {num} streams", functools.partial(measure, "", context, num)
+    if small:
+        return
+    yield (
+        "paper, 128000, 1 streams, command buffers",
+        functools.partial(in_process, "generation", "paper, 128000, 1 streams", COMMAND_BUFFERS),
+    )
+    for num in (1, 16, 256):
+        yield f"laptop, {num} streams", functools.partial(measure, "laptop", 0, num)
+    for context, num in ((128_000, 16), (128_000, 256), (1_000_000, 16)):
+        yield f"paper, {context}, {num} streams", functools.partial(measure, "", context, num)
+
+
+COMMAND_BUFFERS = (
+    "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE,"
+    "DYNAMIC_SLICE_FUSION --xla_gpu_graph_min_graph_size=1"
+)
+
+
+def in_process(part: str, case: str, flags: str) -> Found:
+    """A case with flags for XLA, which are read when it starts."""
+    environment = {**os.environ, "XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, "-m", "benchmarks.accelerator_parts", part, "/dev/stdout"]
+    done = subprocess.run(
+        [*command, f"--only={case}"], capture_output=True, text=True, env=environment, timeout=60
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1][:200])
+    return {**json.loads(lines[-1]), "case": f"{case}, command buffers"}
+
+
+# The input pipeline, and the baselines' parity cases.
+
+
+def pipeline(small: bool) -> Iterator[Case]:
+    """Training windows per second, of noise."""
+    import tempfile
+
+    from benchmarks import windows
+
+    def measure(samples: int) -> Found:
+        with tempfile.TemporaryDirectory() as scratch:
+            split = windows.synthetic_split(Path(scratch))
+            rate = windows.windows_per_second(split, samples, 0.5 if small else 3.0)
+        return {"windows_per_second": rate, "targets_per_second": rate * samples}
+
+    for samples in (4_000,) if small else (130_000, 1_002_000):
+        yield f"windows of {samples}", functools.partial(measure, samples)
+
+
+def parity(small: bool) -> Iterator[Case]:
+    """The tests of the baselines against their references, on this device."""
+
+    def run(file: str, only: str) -> Found:
+        environment = {
+            **os.environ, "JAX_DEFAULT_MATMUL_PRECISION": HIGHEST, "XLA_FLAGS": "",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-n0", "-W", "default", file, "-k", only]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        lines = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
+        ended = (done.stdout + done.stderr).strip().splitlines()[-1]
+        return {"ended": ended[:200], "failed": "; ".join(lines)[:400]}
+
+    for file in ("sashimi", "wavenet_samplernn", "megabyte") if not small else ("megabyte",):
+        only = "published or public_code or as_published"
+        yield file, functools.partial(run, f"tests/models/test_{file}.py", only)
+
+
+def main() -> None:
+    """Runs the cases of one part."""
+    parser = argparse.ArgumentParser("python -m benchmarks.accelerator_parts", description=__doc__)
+    parser.add_argument("part")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--skip", action="append", default=[])
+    parser.add_argument("--only")
+    parser.add_argument("--small", action="store_true")
+    args = parser.parse_args()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", cache)
+
+    def tell(row: Found) -> None:
+        with args.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    for name, run in globals()[args.part](args.small):
+        if name in args.skip or (args.only and name != args.only):
+            continue
+        tell({"case": name, "error": "not finished"})
+        begin = time.monotonic()
+        try:
+            found = run()
+        except Exception as error:
+            found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        tell({"case": name, **found, "took_seconds": round(time.monotonic() - begin, 1)})
+
+
+if __name__ == "__main__":
+    main()
