@@ -395,7 +395,8 @@ def configuration(name: str) -> Config:
     file, _, arg = name.partition(":")
     path = Path(__file__).parents[1] / "configs" / f"{file}.py"
     spec = importlib.util.spec_from_file_location(f"config_{file}", path)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return from_config_dict(module.get_config(arg))

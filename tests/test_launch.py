@@ -1,13 +1,16 @@
 """The launch scripts, without any cloud: dry runs, stubs, a local shell as worker, a real Slurm."""
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,8 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "launch"
-SCRIPTS = ["launch/tpu_vm.sh", "launch/gke/run.sh", "launch/slurm_gpu.sh"]
+OFFLINE = ["launch/offline/wheels.sh", "launch/offline/run.sh"]
+SCRIPTS = ["launch/tpu_vm.sh", "launch/gke/run.sh", "launch/slurm_gpu.sh", *OFFLINE]
 TPU = ["launch/tpu_vm.sh", "--project=p", "--zone=z", "--name=pw"]
 GKE = ["launch/gke/run.sh", "--project=p", "--zone=z", "--cluster=c", "--name=pw"]
 SLURM = ["launch/slurm_gpu.sh", "--name=pw"]
@@ -33,6 +37,7 @@ DRY_RUNS = {
     "gke_log": [*GKE, "log"],
     "gke_delete": [*GKE, "delete"],
     "slurm": [*SLURM, "--nodes=2", "--account=a b", "--partition=gpu", "--", *FLAGS],
+    "offline_run": ["launch/offline/run.sh", "python3", "-m", "patchwave_jax.train", *FLAGS],
 }
 
 
@@ -95,6 +100,7 @@ def test_help_and_an_unknown_argument(script):
         (["launch/slurm_gpu.sh", "--", "--config=c"], "--name"),
         ([*TPU, "train"], "flags of train"),
         ([*SLURM], "flags of train"),
+        (["launch/offline/run.sh"], "command"),
     ],
 )
 def test_says_what_is_missing(argv, missing, tmp_path):
@@ -392,3 +398,51 @@ if not count:
         )
         time.sleep(0.5)
     wait_for("finished-0")
+
+
+# A machine without a network.
+
+
+def test_wheels_are_those_that_the_lock_pins():
+    names = (ROOT / "launch/offline/packages.txt").read_text().split()
+    lock = [line.partition("==") for line in (ROOT / "requirements.lock").read_text().split()]
+    pinned = {re.sub("[-_.]", "-", name).lower(): version for name, _, version in lock}
+    told = call([OFFLINE[0], "--dry-run"], {"PATH": "/usr/bin:/bin"}).stdout
+    asked = {
+        re.sub("[-_.]", "-", name).lower(): version
+        for name, version in re.findall(r" ([\w.-]+)==(\S+)", told)
+    }
+    assert asked == {
+        name: pinned[name] for name in (re.sub("[-_.]", "-", n).lower() for n in names)
+    }
+
+
+def test_offline_run_installs_once_and_passes_the_command_on(tmp_path):
+    """Wheels of one module each; the second set takes the place of the first."""
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("pip is not installed")
+    env = {
+        **os.environ,
+        "PATCHWAVE_WHEELS": str(tmp_path),
+        "PATCHWAVE_SITE": str(tmp_path / "site"),
+    }
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    env.pop("PYTHONPATH", None)
+    show = "import only_here, patchwave_jax, sys; print(only_here.VERSION, *sys.argv[1:])"
+    command = [OFFLINE[1], "python3", "-c", show, "a b", "$c"]
+    assert "wheels.sh" in call(command, env).stderr
+    for version in ("1", "1", "2"):
+        for old in tmp_path.glob("*.whl"):
+            old.unlink()
+        info = f"only_here-{version}.dist-info"
+        with zipfile.ZipFile(tmp_path / f"only_here-{version}-py3-none-any.whl", "w") as wheel:
+            for name, text in {
+                "only_here.py": f"VERSION = {version}\n",
+                f"{info}/METADATA": f"Metadata-Version: 2.1\nName: only_here\nVersion: {version}\n",
+                f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+                f"{info}/RECORD": "",
+            }.items():
+                wheel.writestr(zipfile.ZipInfo(name), text)
+        done = call(command, env)
+        assert (done.returncode, done.stdout) == (0, f"{version} a b $c\n"), done.stderr
+    assert len(list((tmp_path / "site").iterdir())) == 2
