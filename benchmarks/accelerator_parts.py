@@ -30,6 +30,7 @@ from patchwave_jax.config import Config
 from patchwave_jax.config_dict import from_config_dict
 from patchwave_jax.evaluation.evaluator import Evaluator
 from patchwave_jax.generation import check
+from patchwave_jax.models.patchwave import encoder
 from patchwave_jax.models.patchwave.config import PatchWaveConfig
 from patchwave_jax.models.predictors import least_squares
 from patchwave_jax.planning import aot_compile, hardware
@@ -234,10 +235,10 @@ def without_dropout(config: Config) -> Config:
 def correctness(small: bool) -> Iterator[Case]:
     """Forms against each other and float64, steps against the CPU's, caches, resumption."""
     laptop = shortened(configuration("laptop"), 2_000 if small else 8_000)
-    yield "forms", functools.partial(forms, small)
     yield "step laptop", functools.partial(against_cpu, laptop)
     yield "generation laptop", functools.partial(consistency, laptop)
     yield "resumption laptop", functools.partial(repeated, laptop)
+    yield "forms", functools.partial(forms, small)
     if small:
         return
     for name, context in (("ctx128k", 16_000), ("ctx128k:dense", 8_000)):
@@ -261,17 +262,6 @@ def library(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
     )
 
 
-def by_phases(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
-    """The samples of one phase, `dilation` apart, are a row of their own."""
-    outputs = x.shape[1] - (kernel.shape[0] - 1) * dilation
-    length = -(-x.shape[1] // dilation) * dilation
-    x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)))
-    rows = x.reshape(x.shape[0], -1, dilation, x.shape[2]).swapaxes(1, 2)
-    y = library(rows.reshape(-1, rows.shape[2], x.shape[2]), kernel, 1)
-    y = y.reshape(x.shape[0], dilation, -1, y.shape[2]).swapaxes(1, 2)
-    return y.reshape(x.shape[0], -1, y.shape[3])[:, :outputs]
-
-
 def by_products(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
     """One matrix product for each tap, of shifted samples."""
     outputs = x.shape[1] - (kernel.shape[0] - 1) * dilation
@@ -287,8 +277,11 @@ def by_one_product(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
 
 
 FORMS = {
-    "library": library, "phases": by_phases, "products": by_products, "one product": by_one_product,
-}  # fmt: skip
+    "library": library,
+    "phases": encoder.by_phases,
+    "products": by_products,
+    "one product": by_one_product,
+}
 
 
 def convolutions(small: bool) -> Iterator[Case]:
@@ -351,7 +344,7 @@ def predictors(small: bool) -> Iterator[Case]:
     def measure(config: PatchWaveConfig, rows: int, at_once: int) -> Found:
         bank = config.predictor_bank("mulaw")
         codes = random_codes(rows, samples + bank.lookback)
-        with attribute(least_squares, "BLOCKS_AT_ONCE", at_once):
+        with attribute(least_squares, "GPU_TAPS_AT_ONCE", at_once):
 
             def run(codes: Any) -> Any:
                 prediction, features = bank.predict(codes, bank.lookback)
@@ -368,13 +361,13 @@ def predictors(small: bool) -> Iterator[Case]:
             "first_seconds": first,
         }
 
-    most = 10**6
+    own = least_squares.GPU_TAPS_AT_ONCE
     for name, config in alone:
-        yield f"{name}, 256 blocks at once", functools.partial(measure, config, 1, 256)
+        yield name, functools.partial(measure, config, 1, own)
         if name == "all":
-            yield f"{name}, all blocks", functools.partial(measure, config, 1, most)
+            yield f"{name}, few blocks at once", functools.partial(measure, config, 1, 2**18)
             if not small:
-                yield f"{name}, all blocks, 8 rows", functools.partial(measure, config, 8, most)
+                yield f"{name}, 8 rows", functools.partial(measure, config, 8, own)
 
 
 @contextlib.contextmanager
@@ -405,7 +398,7 @@ def configuration(name: str) -> Config:
 def steps(small: bool) -> Iterator[Case]:
     """Whole training steps of every configuration, on random codes."""
     names = [
-        "ctx128k:dense", "laptop, 32 rows", "ctx128k", "ctx128k:dense, 8 rows at once",
+        "ctx128k:dense, 8 rows at once", "laptop, 32 rows", "ctx128k", "ctx128k:dense",
         "ctx128k:dense, bfloat16", "ctx1m:dense", "sashimi", "wavenet", "samplernn", "ctx1m",
         "megabyte", "ctx512k:dense", "ctx512k", "laptop",
     ] if not small else ["laptop"]  # fmt: skip

@@ -25,7 +25,7 @@ def get_config(arg: str = ""):
         micro_batch_size=4,
         learning_rate=2e-3,
         final_learning_rate=2e-5,
-        warmup_steps=50,
+        warmup_steps=100,
     )
     data = DataConfig(
         dataset="audio_folder", distinct_positions=0, gain_db=6.0, pitch_semitones=1.0

@@ -12,6 +12,7 @@ from flax import nnx
 
 from patchwave_jax.data.quantisers import SILENCE
 from patchwave_jax.models.base import Execution
+from patchwave_jax.models.patchwave import encoder
 from patchwave_jax.models.patchwave.config import PatchWaveConfig
 from patchwave_jax.models.patchwave.model import PatchWave
 from patchwave_jax.models.patchwave.transformer import QUERY_BLOCK, Attention, positions
@@ -282,3 +283,21 @@ def test_bfloat16_stays_near_float32():
     a, b = (jax.jit(model.log_probs, static_argnums=1)(segment, last_n) for model in models)
     assert b.dtype == jnp.float32
     assert float(jnp.abs(a - b).mean() / jnp.abs(a).mean()) < 0.01
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("samples", "dilation"), [(97, 2), (120, 12), (200, 31)])
+def test_phases_are_the_dilated_convolution(samples, dilation):
+    rng = np.random.default_rng(dilation)
+    x = rng.normal(size=(2, samples, 5)).astype(np.float32)
+    kernel = rng.normal(size=(7, 5, 3)).astype(np.float32)
+    outputs = samples - 6 * dilation
+    exact = sum(
+        x[:, k * dilation :][:, :outputs].astype(np.float64) @ kernel[k].astype(np.float64)
+        for k in range(7)
+    )
+    y, pull = jax.vjp(lambda x, k: encoder.by_phases(x, k, dilation), x, kernel)
+    np.testing.assert_allclose(y, exact, atol=1e-5)
+    of_library = jax.vjp(lambda x, k: encoder.convolve(x, k, 1, dilation), x, kernel)[1]
+    for ours, own in zip(pull(exact.astype(np.float32)), of_library(y), strict=True):
+        np.testing.assert_allclose(ours, own, rtol=1e-4, atol=1e-3)

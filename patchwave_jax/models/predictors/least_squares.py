@@ -21,6 +21,7 @@ FLOOR = 1e-9  # energy added for each sample, about the rounding noise of the fi
 FALL_SAMPLES = 32  # of the newest, where the window falls to zero
 BLOCKS_AT_ONCE = 256  # what a v5e's vector memory holds; changes no result
 CPU_TAPS_AT_ONCE = 16_384  # what a CPU's caches hold
+GPU_TAPS_AT_ONCE = 2**24  # in few turns, each of which is thousands of launches; takes 7 GB
 
 
 def fit(
@@ -95,5 +96,6 @@ def map_blocks(of_block: Callable[[Array], Any], starts: Array, taps: int) -> An
     return lax.platform_dependent(
         starts,
         cpu=functools.partial(at_once, max(1, CPU_TAPS_AT_ONCE // taps)),
+        cuda=functools.partial(at_once, max(1, GPU_TAPS_AT_ONCE // taps)),
         default=functools.partial(at_once, BLOCKS_AT_ONCE),
     )
