@@ -24,6 +24,9 @@ PARTS = {
     "device": 2, "correctness": 5, "convolutions": 3, "predictors": 2, "steps": 8, "generation": 4,
     "pipeline": 1, "parity": 2,
 }  # fmt: skip
+ROOT = Path(__file__).parents[1]
+UNTIMED = ("correctness", "parity")
+FAST_COMPILATION = "--xla_gpu_autotune_level=0"  # a GPU would try every algorithm
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -38,19 +41,22 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 def run_part(part: str, seconds: float, path: Path, small: bool) -> str:
     """Runs the cases of a part, and says how it ended."""
+    environment = dict(os.environ)
+    if part in UNTIMED:
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION}"
     end, fresh = time.monotonic() + seconds, path.with_suffix(".new.jsonl")
     fresh.unlink(missing_ok=True)
     ended = "done"
     while True:
+        begun = read(fresh)
         command = [sys.executable, "-m", "benchmarks.accelerator_parts", part, str(fresh)]
         command += ["--small"] if small else []
-        command += [f"--skip={name}" for name in read(fresh)]
-        begun = len(read(fresh))
+        command += [f"--skip={name}" for name in begun]
         try:
-            log = path.with_suffix(".log").open("a")
-            with log:
+            with path.with_suffix(".log").open("a") as log:
+                left = max(1, end - time.monotonic())
                 code = subprocess.run(
-                    command, timeout=max(1, end - time.monotonic()), stdout=log, stderr=log
+                    command, timeout=left, stdout=log, stderr=log, env=environment, cwd=ROOT
                 ).returncode
         except subprocess.TimeoutExpired:
             ended = f"cut off after {seconds:.0f} s"
@@ -58,7 +64,7 @@ def run_part(part: str, seconds: float, path: Path, small: bool) -> str:
         if code == 0:
             break
         ended = f"a process ended with {code}"
-        if len(read(fresh)) == begun:  # not even one more case
+        if len(read(fresh)) == len(begun):  # not even one more case
             break
     rows = {**read(path), **read(fresh)}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
@@ -85,7 +91,9 @@ def shown(value: Any) -> str:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
     return done.stdout.strip() or "unknown"
 
 
@@ -100,8 +108,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.minutes <= 0:
         raise UserError(f"--minutes must be above 0, got {args.minutes}")
+    args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out.resolve() / "compiled"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out / "compiled"))
     end, ended = time.monotonic() + 60 * args.minutes, {}
     for i, part in enumerate(args.parts):
         share = PARTS[part] / sum(PARTS[p] for p in args.parts[i:])  # of the time that is left
