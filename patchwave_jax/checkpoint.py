@@ -4,7 +4,8 @@
 configuration, the data manifest's hash, the code version, the state of the stopping rule, and the
 SHA-256 of every array and of the metadata itself. `STEP` counts completed steps. A save becomes
 visible by one rename, so a killed save leaves nothing. Restored arrays are compared with their
-SHA-256. Training moves a damaged step to `WORKDIR/damaged` and resumes from the newest sound one.
+SHA-256. Training moves a damaged step to `WORKDIR/damaged` and resumes from the newest undamaged
+one.
 """
 
 import contextlib
@@ -193,7 +194,7 @@ class Checkpoints:
     def resume(
         self, abstract_state: dict[str, Any], check: Callable[[Record], None]
     ) -> tuple[dict[str, Any], Record] | None:
-        """State and metadata of the newest sound step; None before the first checkpoint.
+        """State and metadata of the newest undamaged step; None before the first checkpoint.
 
         Damaged steps are moved to `WORKDIR/damaged`. `check` raises `UserError` for metadata that
         does not belong to this run.
@@ -217,7 +218,7 @@ class Checkpoints:
             self._checkpointer.reload()
         if self._aside.is_dir() and any(self._aside.iterdir()):
             raise UserError(
-                f"{self.directory} has no sound checkpoint, only damaged ones in {self._aside}; "
+                f"{self.directory} has no undamaged checkpoint, only those in {self._aside}; "
                 "repair them, or start again in another --workdir"
             )
         return None

@@ -54,7 +54,7 @@ from patchwave_jax.training.step import State, Step, make_step
 def train(
     config: Config, workdir: str | os.PathLike[str], profile_steps: profiler.Steps | None = None
 ) -> bool:
-    """Trains `config` in `workdir`, going on from its newest checkpoint if there is one.
+    """Trains `config` in `workdir`, resuming its newest checkpoint if there is one.
 
     Returns:
       Whether training came to its end; False if a signal stopped it.
@@ -99,7 +99,14 @@ def run_steps(
     checkpoints: Checkpoints, files: Workdir, metrics: MetricsWriter, profiled: StepProfiler,
     stopping: Callable[[], bool],
 ) -> bool:  # fmt: skip
-    """The training loop: returns whether it came to its end, or False if a signal stopped it."""
+    """The training loop.
+
+    `Step.update` computes the loss, `Model.loss`, and its gradient, and makes no update where one
+    is not finite; `NonFiniteGuard` counts these steps and stops the run if they go on.
+
+    Returns:
+      Whether training came to its end; False if a signal stopped it.
+    """
     data = batches(make_windows(config, split, step), run.done)
     guard = NonFiniteGuard(make_windows(config, split), files.folder, metrics.say)
     pace = Pace(config, run.done)
@@ -225,7 +232,7 @@ class Validator:
         self._known = expected.matching(config, train_split.manifest_hash)
 
     def validate(self, run: Run, metrics: MetricsWriter, folder: Path) -> float:
-        """Measures the parameters after a step, and tells and counts the NLL in nats."""
+        """The validation NLL in nats after a step; prints, logs and records it in `run`."""
         nll = measure.measure(self._evaluator, run.state["params"], self._targets)
         result = measure.result(nll, self._targets)
         metrics.write(run.done, "validation", dataclasses.asdict(result))
@@ -241,7 +248,7 @@ class Validator:
 
 
 class Pace:
-    """How fast steps are done, without what comes between them."""
+    """Speed of the steps, without validations, saves and clips."""
 
     def __init__(self, config: Config, done: int):
         self._config, self._targets = config, config.targets_per_step
@@ -313,7 +320,7 @@ def make_windows(config: Config, split: Split, step: Step | None = None) -> Wind
 
 
 def restore_or_init(config: Config, step: Step, checkpoints: Checkpoints, split: Split) -> Run:
-    """The run that goes on from the newest sound checkpoint, or begins."""
+    """The run resumed from the newest undamaged checkpoint, or a new one."""
 
     def check(stored: checkpoint_metadata.Record) -> None:
         checkpoint_metadata.check_continues(config, split.manifest_hash, stored)

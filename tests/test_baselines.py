@@ -136,7 +136,7 @@ def test_samplernn_updates_once_a_segment_with_what_it_carries():
     state, codes = made.init(), random_codes(16, 64)
     model = nnx.merge(made.graphdef, jax.device_get(state["params"]))
     whole = -np.asarray(picked(model.window_logits(codes), codes))
-    for _ in range(2):  # and the next row begins anew
+    for _ in range(2):  # and the next row begins with a new state
         for first in (0, 32):
             state, metrics = made.update(state, codes[:, first : first + 32])
             expected = whole[:, first : first + 32].mean()

@@ -1,4 +1,4 @@
-"""Checkpoints that know themselves: every damage is noticed, and the newest sound step is used."""
+"""Every damage of a checkpoint is noticed, and the newest undamaged step is used."""
 
 import dataclasses
 import gc
@@ -144,11 +144,11 @@ def test_a_metric_that_flatters_is_noticed(copy):
             checkpoints.record(6)
 
 
-def test_with_none_but_damaged_steps_nothing_is_begun_anew(copy, state):
+def test_with_none_but_damaged_steps_nothing_is_overwritten(copy, state):
     for step in (3, 6):
         (copy / f"checkpoints/{step}/_CHECKPOINT_METADATA").write_text("{")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"has no sound checkpoint.*damaged"):
+        with pytest.raises(UserError, match=r"has no undamaged checkpoint.*damaged"):
             resume(copy, state)
     assert sorted(p.name for p in (copy / "damaged").iterdir()) == ["3", "6"]
 

@@ -235,7 +235,7 @@ def test_a_stretch_in_the_middle_has_all_the_history_that_classical_baselines_re
             np.testing.assert_allclose(values, whole[name][first:end], atol=1e-5)
 
 
-def test_classical_baselines_are_kept_and_fitted_anew_for_other_data(
+def test_classical_baselines_are_kept_and_fitted_again_for_other_data(
     data_dir, tmp_path, monkeypatch
 ):
     config = make_config(data_dir)

@@ -92,7 +92,7 @@ def patch_form(config: Config, model, codes: np.ndarray, first: int, stride: int
 def test_cached_equals_patch_form_across_slides(
     model, objective, quantiser, stride, prompt, monkeypatch
 ):
-    """Thousands of samples, each compared with the model run anew on its own window."""
+    """Thousands of samples, each compared with the model run again on its own window."""
     if model is OTHER_PATCH:  # compile for 3 tokens, and then for all
         monkeypatch.setattr(model_module, "VISIBLE_TOKENS", 3)
     config, reference, params = make(model, objective, quantiser=quantiser)
@@ -176,21 +176,21 @@ def test_an_untrained_uniform_model_draws_uniform_codes():
     assert stats.chisquare(np.bincount(across.ravel(), minlength=256)).pvalue > 1e-3
 
 
-def kept_by(knobs: SamplingParams, logits: np.ndarray) -> np.ndarray:
-    """The distribution that the knobs leave of one row of logits, in float64."""
-    p = np.exp((logits - logits.max()).astype(np.float64) / knobs.temperature)
+def kept_by(params: SamplingParams, logits: np.ndarray) -> np.ndarray:
+    """The distribution that the parameters leave of one row of logits, in float64."""
+    p = np.exp((logits - logits.max()).astype(np.float64) / params.temperature)
     order = np.argsort(-p)
     p /= p.sum()
-    if knobs.top_k:
-        p[order[knobs.top_k :]] = 0
+    if params.top_k:
+        p[order[params.top_k :]] = 0
         p /= p.sum()
-    count = np.searchsorted(np.cumsum(p[order]), knobs.top_p) + 1
+    count = np.searchsorted(np.cumsum(p[order]), params.top_p) + 1
     p[order[count:]] = 0
     return p / p.sum()
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "params",
     [
         SamplingParams(),
         SamplingParams(temperature=0.5),
@@ -201,13 +201,13 @@ def kept_by(knobs: SamplingParams, logits: np.ndarray) -> np.ndarray:
     ],
     ids=str,
 )
-def test_draws_have_the_distribution_that_the_knobs_leave(knobs, rng):
+def test_draws_have_the_distribution_that_the_parameters_leave(params, rng):
     logits = rng.normal(0, 2, 256).astype(np.float32)
     uniforms = rng.uniform(size=(2500, 16)).astype(np.float32)
     rows = jnp.broadcast_to(logits, (16, 256))
-    draw = jax.jit(lambda u: jax.lax.map(lambda u: knobs.draw(rows, u), u))
+    draw = jax.jit(lambda u: jax.lax.map(lambda u: params.draw(rows, u), u))
     codes = np.asarray(draw(uniforms)).ravel()
-    counts, expected = np.bincount(codes, minlength=256), kept_by(knobs, logits) * codes.size
+    counts, expected = np.bincount(codes, minlength=256), kept_by(params, logits) * codes.size
     assert (counts[expected == 0] == 0).all()
     likely = expected > 5
     if likely.sum() > 1:
@@ -243,7 +243,7 @@ def test_the_mixtures_drawing_logits_are_its_logits(quantiser, rng):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("params", "message"),
     [
         (SamplingParams(temperature=-1), "--temperature must be 0 or more"),
         (SamplingParams(temperature=float("nan")), "--temperature"),
@@ -253,9 +253,9 @@ def test_the_mixtures_drawing_logits_are_its_logits(quantiser, rng):
         (SamplingParams(seed=-1), "--seed"),
     ],
 )
-def test_impossible_knobs_are_named(knobs, message):
+def test_impossible_parameters_are_named(params, message):
     with pytest.raises(UserError, match=message):
-        knobs.check()
+        params.check()
 
 
 def test_a_model_that_is_not_a_number_is_an_error():

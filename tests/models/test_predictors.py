@@ -68,7 +68,7 @@ def denoise_by_hand(row: np.ndarray, noise: np.ndarray, start: int) -> tuple[dic
 
 
 def by_hand(predictors: AdaptivePredictors, waveform, noise, first: int) -> np.ndarray:
-    """Float64, anew for each block, one sample predicted at a time."""
+    """Float64, fitted again for each block, one sample predicted at a time."""
     out = []
     for row, spread in zip(waveform.astype(np.float64), noise.astype(np.float64), strict=True):
         newest, kept = {t: row[t - 1] for t in range(1, row.size)}, row.copy()

@@ -40,14 +40,14 @@ VISIBLE_TOKENS = 128  # a growing window is compiled again for every so many tok
 
 
 class Encoded(NamedTuple):
-    """What the encoder says of the patches that end just before some samples."""
+    """The encoder's outputs for the patches that end just before some samples."""
 
     tokens: Float[Array, "*shape D"]
     skip: Float[Array, "*shape D"] | None  # with `skip_connections`
 
 
 class Pieces(NamedTuple):
-    """What the Transformer and the head read of a segment: [B, N or n, P, ...], phases apart."""
+    """Inputs of the Transformer and the head, of one segment: [B, N or n, P, ...], by phase."""
 
     tokens: Array
     skip: Array | None
@@ -185,7 +185,7 @@ class PatchWave(Model):
     ) -> tuple[Float32[Array, ""], Float32[Array, " B"]]:
         """Mean NLL, in nats, of a segment's samples from the second patch on, and each row's.
 
-        As `log_probs`, but made to be differentiated, in its first result: nothing of the
+        Only the first result has a gradient, computed along with the value: nothing of the
         Transformer and the head is kept for the backward pass, nor computed twice.
         """
         keys, folded = split(key, 2), self.folded()
@@ -371,7 +371,7 @@ class PatchWave(Model):
         size, field = self.config.patch_samples, self.config.receptive_field
         end = position - start + size  # of the known samples, in the segment
         padded = jnp.pad(segment, ((0, 0), (1, 0)), constant_values=quantisers.SILENCE)
-        # The newest of them is the next step's to encode.
+        # The patch that ends at the newest known sample is encoded by the next step.
         before = lax.dynamic_slice_in_dim(padded, end - field, field, 1)
         encoder = self.encoder.prime(before, state.encoder, position)
         caches, patches = state.caches, segment.shape[1] // size - 1
