@@ -40,7 +40,6 @@ from patchwave_jax.training.step import make_step
 Case = tuple[str, Callable[[], dict[str, Any]]]
 Found = dict[str, Any]
 HIGHEST = "highest"
-PREDICTORS_SAMPLES = 128_000
 
 
 def seconds_of(function: Callable[..., Any], *args: Any, at_least: float = 0.2) -> float:
@@ -109,15 +108,16 @@ def device(small: bool) -> Iterator[Case]:
 # Correctness.
 
 
-def plain(context: int, **model: Any) -> Config:
-    """Ours at full width, without adaptive predictors, which have no float64 to compare with."""
-    given: Any = dict(input="embedding", skip_connections=True, head="logistic_mixture", **model)
-    model_config = PatchWaveConfig(**given, **recipes.NO_DROPOUT)
-    return Config(objective="dense", context_samples=context, model=model_config)
-
-
-def tiny(context: int, patch: int) -> Any:
-    return {"patch_samples": patch} if patch != 2000 else {}
+def plain(patches: int, patch_samples: int) -> Config:
+    """Ours at full width, without adaptive predictors, which compute in float32 only."""
+    model = PatchWaveConfig(
+        patch_samples=patch_samples,
+        input="embedding",
+        skip_connections=True,
+        head="logistic_mixture",
+        **recipes.NO_DROPOUT,
+    )
+    return Config(objective="dense", context_samples=patches * patch_samples, model=model)
 
 
 def both_forms(config: Config, params: Any, codes: np.ndarray, places: list[int]) -> Any:
@@ -139,7 +139,7 @@ def both_forms(config: Config, params: Any, codes: np.ndarray, places: list[int]
 
 def forms(small: bool) -> Found:
     """Both forms on this device and, in float64, on the CPU."""
-    config = plain(4 * 500 if small else 8 * 2000, **tiny(0, 500 if small else 2000))
+    config = plain(*((4, 500) if small else (8, 2000)))
     context, size = config.context_samples, config.window_unit
     codes = random_codes(1, context + size)
     places = [context + i for i in (0, 1, 77, size - 1)]  # those with the whole context
@@ -158,26 +158,26 @@ def forms(small: bool) -> Found:
     return found
 
 
-def on(config: Config, platform_device: Any, precision: str | None, params: Any, codes: Any) -> Any:
-    """Loss and gradients of a batch on one device, as the training step computes them."""
-    step = make_step(config, make_mesh(1, [platform_device]))
+def loss_and_gradient(
+    config: Config, chip: Any, precision: str | None, codes: Any, params: Any = None
+) -> Any:
+    """A batch's on one device, as the training step computes them, with the parameters used."""
+    step = make_step(config, make_mesh(1, [chip]))
     state = step.init()
-    if params is not None:
-        state["params"] = jax.device_put(params, step.mesh.devices.flat[0])
-    rows = jax.device_put(codes, step.mesh.devices.flat[0])
+    params = state["params"] if params is None else jax.device_put(params, chip)
+    arguments = params, state.get("carry", ()), jax.device_put(codes, chip), state["step"], 0
     with jax.default_matmul_precision(precision or "default"):
-        arguments = state["params"], state.get("carry", ()), rows, state["step"], 0
         (nats, gradient), _, _ = step.accumulate(step.zeros(), *arguments)
-    return jax.device_get((state["params"], nats, gradient))
+    return jax.device_get((nats, gradient, params))
 
 
 def against_cpu(config: Config) -> Found:
     """One step's loss and gradients here and on the CPU."""
     codes = random_codes(config.train.batch_size, config.window_samples // config.segments)
-    params, nats, gradient = on(config, jax.devices("cpu")[0], HIGHEST, None, codes)
+    nats, gradient, params = loss_and_gradient(config, jax.devices("cpu")[0], HIGHEST, codes)
     found: Found = {}
     for name, precision in (("", None), ("_highest", HIGHEST)):
-        _, own_nats, own = on(config, jax.devices()[0], precision, params, codes)
+        own_nats, own, _ = loss_and_gradient(config, jax.devices()[0], precision, codes, params)
         error = sum(
             np.square(a - b).sum()
             for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(gradient), strict=True)
@@ -333,7 +333,7 @@ def convolutions(small: bool) -> Iterator[Case]:
 
 def predictors(small: bool) -> Iterator[Case]:
     """The adaptive predictors and the denoiser alone, forward."""
-    samples = 4_000 if small else PREDICTORS_SAMPLES
+    samples = 4_000 if small else 128_000
     full = PatchWaveConfig(head="logistic_mixture", **recipes.ADAPTIVE)
     alone: list[tuple[str, Any]] = [("all", full)]
     no_denoiser: Any = {"denoiser_taps": 0, "denoiser_window": 0}
