@@ -3,7 +3,8 @@
 Every part runs in a process of its own under a time limit, its share of `--minutes`, the most
 telling first. A part that crashes goes on after the case that crashed. Each case is one line of
 DIR/PART.jsonl as soon as it is measured; a run into the same DIR replaces the cases that it
-measures again and keeps the others. The table is of all that is in DIR.
+measures again and keeps the others, and finds the programs that are compiled already, which is what
+a GPU spends most of the time on. The table is of all that is in DIR.
 """
 
 import argparse
@@ -66,7 +67,10 @@ def run_part(part: str, seconds: float, path: Path, small: bool) -> str:
         ended = f"a process ended with {code}"
         if len(read(fresh)) == len(begun):  # not even one more case
             break
-    rows = {**read(path), **read(fresh)}
+    rows = read(path)
+    rows |= {
+        name: row for name, row in read(fresh).items() if name not in rows or "error" not in row
+    }
     path.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     fresh.unlink(missing_ok=True)
     return ended

@@ -320,7 +320,7 @@ def convolutions(small: bool) -> Iterator[Case]:
         }
 
     for dtype in (jnp.float32, jnp.bfloat16) if not small else (jnp.bfloat16,):
-        for dilation in (1, 2, 12, 72) if not small else (12,):
+        for dilation in (1, 2, 12, 72, 6, 36) if not small else (12,):
             for name, form in FORMS.items():
                 yield (
                     f"{name}, dilation {dilation}, {jnp.dtype(dtype).name}",
