@@ -89,7 +89,7 @@ NETWORK: list[Variant] = [
 ]
 PREDICTORS: list[Variant] = [
     ("ours", {}, nothing),
-    ("predictors as on a CPU", {}, as_on_a_cpu),
+    ("predictors and dilated convolutions as on a CPU", {}, as_on_a_cpu),
 ]
 PATCHES: list[Variant] = [
     ("the paper's", {}, nothing),
