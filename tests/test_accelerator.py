@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import accelerator
+from benchmarks.accelerator import __main__ as accelerator
 from patchwave_jax.errors import UserError
 
 

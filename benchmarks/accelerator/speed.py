@@ -1,67 +1,39 @@
-"""The cases of `benchmarks.accelerator`: `python -m benchmarks.accelerator_parts PART FILE`.
+"""How fast an accelerator is: all parts but those of `correctness`. Times are medians."""
 
-Every case gets a line of FILE when it begins, and another with what it found. Times are medians;
-differences are the largest of absolute log-probabilities, in nats, unless a name says otherwise.
-"""
-
-import argparse
-import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
+from benchmarks.accelerator.common import (
+    HIGHEST,
+    Case,
+    Found,
+    attribute,
+    configuration,
+    random_codes,
+    seconds_of,
+    shortened,
+)
 from patchwave_jax import recipes
 from patchwave_jax.config import Config
-from patchwave_jax.config_dict import from_config_dict
-from patchwave_jax.evaluation.evaluator import Evaluator
-from patchwave_jax.generation import check
 from patchwave_jax.models.patchwave import encoder
 from patchwave_jax.models.patchwave.config import PatchWaveConfig
 from patchwave_jax.models.predictors import least_squares
 from patchwave_jax.planning import aot_compile, hardware
 from patchwave_jax.runtime.mesh import make_mesh
 from patchwave_jax.training.step import make_step
-
-Case = tuple[str, Callable[[], dict[str, Any]]]
-Found = dict[str, Any]
-HIGHEST = "highest"
-
-
-def seconds_of(function: Callable[..., Any], *args: Any, at_least: float = 0.2) -> float:
-    """Median time of a call after the first; at least three calls, and `at_least` seconds."""
-    jax.block_until_ready(function(*args))
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < at_least and len(times) < 50):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*args))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def random_codes(*shape: int, seed: int = 0) -> np.ndarray:
-    """Codes of a decaying chord with noise: something that predictors predict."""
-    rng, time_axis = np.random.default_rng(seed), np.arange(shape[-1])
-    notes = sum(np.sin(time_axis * f) for f in (0.05, 0.081, 0.131))
-    wave = 12 * notes * np.exp(-(time_axis % 16_000) / 8_000) + rng.normal(0, 1, shape)
-    return np.clip(np.rint(128 + wave), 0, 255).astype(np.uint8)
-
-
-# The device.
 
 
 def device(small: bool) -> Iterator[Case]:
@@ -103,157 +75,6 @@ def device(small: bool) -> Iterator[Case]:
     ):
         yield name, functools.partial(product, dtype, precision)
     yield "an empty loop", launch
-
-
-# Correctness.
-
-
-def plain(patches: int, patch_samples: int) -> Config:
-    """Ours at full width, without adaptive predictors, which compute in float32 only."""
-    model = PatchWaveConfig(
-        patch_samples=patch_samples,
-        input="embedding",
-        skip_connections=True,
-        head="logistic_mixture",
-        **recipes.NO_DROPOUT,
-    )
-    return Config(objective="dense", context_samples=patches * patch_samples, model=model)
-
-
-def both_forms(config: Config, params: Any, codes: np.ndarray, places: list[int]) -> Any:
-    """Log-probabilities of the dense form's samples at `places`, and of the patch form there."""
-    context, size = config.context_samples, config.window_unit
-    graphdef, _ = config.abstract_model()
-
-    def dense(params: Any, codes: Any) -> Any:
-        return nnx.merge(graphdef, params).log_probs(codes, context)
-
-    def patch(params: Any, windows: Any) -> Any:
-        return nnx.merge(graphdef, params).next_sample_log_prob(windows)
-
-    windows = np.concatenate([codes[:, t - context : t + 1] for t in places])
-    log_probs = jax.jit(dense)(params, codes)
-    chosen = np.asarray(log_probs)[0, [t - size for t in places]]
-    return chosen, np.asarray(jax.jit(patch)(params, windows))
-
-
-def forms(small: bool) -> Found:
-    """Both forms on this device and, in float64, on the CPU."""
-    config = plain(*((4, 500) if small else (8, 2000)))
-    context, size = config.context_samples, config.window_unit
-    codes = random_codes(1, context + size)
-    places = [context + i for i in (0, 1, 77, size - 1)]  # those with the whole context
-    params = jax.jit(lambda: nnx.state(config.build_model(nnx.Rngs(0))))()
-    found: Found = {}
-    cpu = jax.devices("cpu")[0]
-    with jax.enable_x64(True), jax.default_device(cpu):
-        double = dataclasses.replace(config.model, compute_dtype="float64")
-        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(params))
-        exact, _ = both_forms(dataclasses.replace(config, model=double), wide, codes, places)
-    for name, precision in (("", None), ("_highest", HIGHEST)):
-        with jax.default_matmul_precision(precision or "default"):
-            dense, patch = both_forms(config, params, codes, places)
-        found[f"forms{name}"] = float(np.abs(dense - patch).max())
-        found[f"float64{name}"] = float(np.abs(dense - exact).max())
-    return found
-
-
-def loss_and_gradient(
-    config: Config, chip: Any, precision: str | None, codes: Any, params: Any = None
-) -> Any:
-    """A batch's on one device, as the training step computes them, with the parameters used."""
-    step = make_step(config, make_mesh(1, [chip]))
-    state = step.init()
-    params = state["params"] if params is None else jax.device_put(params, chip)
-    arguments = params, state.get("carry", ()), jax.device_put(codes, chip), state["step"], 0
-    with jax.default_matmul_precision(precision or "default"):
-        (nats, gradient), _, _ = step.accumulate(step.zeros(), *arguments)
-    return jax.device_get((nats, gradient, params))
-
-
-def against_cpu(config: Config) -> Found:
-    """One step's loss and gradients here and on the CPU."""
-    codes = random_codes(config.train.batch_size, config.window_samples // config.segments)
-    nats, gradient, params = loss_and_gradient(config, jax.devices("cpu")[0], HIGHEST, codes)
-    found: Found = {}
-    for name, precision in (("", None), ("_highest", HIGHEST)):
-        own_nats, own, _ = loss_and_gradient(config, jax.devices()[0], precision, codes, params)
-        error = sum(
-            np.square(a - b).sum()
-            for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(gradient), strict=True)
-        )
-        size = sum(np.square(x).sum() for x in jax.tree.leaves(gradient))
-        found[f"loss{name}"] = float(abs(own_nats - nats))
-        found[f"gradient{name}_relative"] = float(np.sqrt(error / size))
-    return found
-
-
-def consistency(config: Config) -> Found:
-    """Cached generation against uncached evaluation."""
-    evaluator = Evaluator(config, make_mesh(1, jax.devices()[:1]))
-    params = nnx.state(config.build_model(nnx.Rngs(0)))
-    found: Found = {}
-    for name, precision in (("", None), ("_highest", HIGHEST)):
-        with jax.default_matmul_precision(precision or "default"):
-            result = check.check(evaluator, params, random_codes(20_000))
-        found[f"cached{name}"], found[f"passed{name}"] = result.largest, result.passed
-    return found
-
-
-def repeated(config: Config) -> Found:
-    """Whether four steps give the same bits as two steps, a copy to the host, and two more."""
-    step = make_step(config, make_mesh(1, jax.devices()[:1]))
-    batches = [random_codes(config.train.batch_size, config.window_samples, seed=i) for i in (0, 1)]
-
-    def run(restart: bool) -> Any:
-        state = step.init()
-        for i in range(4):
-            state, _ = step.update(state, batches[i % 2])
-            if restart and i == 1:
-                state = jax.device_put(jax.device_get(state))
-        return jax.device_get(state["params"])
-
-    straight, resumed = run(False), run(True)
-    pairs = list(zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True))
-    return {
-        "equal_bits": all(np.array_equal(a, b) for a, b in pairs),
-        "largest_difference": float(max(np.abs(a - b).max() for a, b in pairs)),
-    }
-
-
-def shortened(config: Config, context: int, rows: int = 2) -> Config:
-    train = dataclasses.replace(config.train, batch_size=rows, micro_batch_size=0)
-    return dataclasses.replace(config, context_samples=context, train=train)
-
-
-def without_dropout(config: Config) -> Config:
-    names = [x.name for x in dataclasses.fields(config.model) if x.name.endswith("dropout")]
-    values: Any = dict.fromkeys(names, 0.0)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **values))
-
-
-def correctness(small: bool) -> Iterator[Case]:
-    """Forms against each other and float64, steps against the CPU's, caches, resumption."""
-    laptop = shortened(configuration("laptop"), 2_000 if small else 8_000)
-    yield "step laptop", functools.partial(against_cpu, laptop)
-    yield "generation laptop", functools.partial(consistency, laptop)
-    yield "resumption laptop", functools.partial(repeated, laptop)
-    yield "forms", functools.partial(forms, small)
-    if small:
-        return
-    for name, context in (("ctx128k", 16_000), ("ctx128k:dense", 8_000)):
-        config = without_dropout(shortened(configuration(name), context))
-        yield f"step {name}", functools.partial(against_cpu, config)
-    yield (
-        "generation ctx128k",
-        functools.partial(consistency, shortened(configuration("ctx128k"), 8_000)),
-    )
-    for name in ("wavenet", "samplernn", "sashimi", "megabyte"):
-        config = without_dropout(shortened(configuration(name), 4_096))
-        yield f"step {name}", functools.partial(against_cpu, config)
-
-
-# The encoder's convolutions.
 
 
 def library(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
@@ -328,9 +149,6 @@ def convolutions(small: bool) -> Iterator[Case]:
                 )
 
 
-# The predictors.
-
-
 def predictors(small: bool) -> Iterator[Case]:
     """The adaptive predictors and the denoiser alone, forward."""
     samples = 4_000 if small else 128_000
@@ -370,31 +188,6 @@ def predictors(small: bool) -> Iterator[Case]:
             yield f"{name}, few blocks at once", functools.partial(measure, config, 1, 2**18)
             if not small:
                 yield f"{name}, 8 rows", functools.partial(measure, config, 8, own)
-
-
-@contextlib.contextmanager
-def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-# Steps.
-
-
-def configuration(name: str) -> Config:
-    """`ctx128k:dense`: of configs/ctx128k.py, with its argument."""
-    file, _, arg = name.partition(":")
-    path = Path(__file__).parents[1] / "configs" / f"{file}.py"
-    spec = importlib.util.spec_from_file_location(f"config_{file}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(module.get_config(arg))
 
 
 def steps(small: bool) -> Iterator[Case]:
@@ -455,9 +248,6 @@ def one_step(config: Config) -> Found:
     return found
 
 
-# Generation.
-
-
 def generation(small: bool) -> Iterator[Case]:
     """Samples per second at the end of a full context, as `benchmarks/generate.py` has them."""
     from benchmarks import generate
@@ -502,7 +292,7 @@ COMMAND_BUFFERS = (
 def in_process(part: str, case: str, flags: str) -> Found:
     """A case with flags for XLA, which are read when it starts."""
     environment = {**os.environ, "XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    command = [sys.executable, "-m", "benchmarks.accelerator_parts", part, "/dev/stdout"]
+    command = [sys.executable, "-m", "benchmarks.accelerator.part", part, "/dev/stdout"]
     done = subprocess.run(
         [*command, f"--only={case}"], capture_output=True, text=True, env=environment, timeout=60
     )
@@ -510,9 +300,6 @@ def in_process(part: str, case: str, flags: str) -> Found:
     if done.returncode or not lines:
         raise RuntimeError(done.stderr.strip().splitlines()[-1][:200])
     return {**json.loads(lines[-1]), "case": f"{case}, command buffers"}
-
-
-# The input pipeline, and the baselines' parity cases.
 
 
 def pipeline(small: bool) -> Iterator[Case]:
@@ -529,55 +316,3 @@ def pipeline(small: bool) -> Iterator[Case]:
 
     for samples in (4_000,) if small else (130_000, 1_002_000):
         yield f"windows of {samples}", functools.partial(measure, samples)
-
-
-def parity(small: bool) -> Iterator[Case]:
-    """The tests of the baselines against their references, on this device."""
-
-    def run(file: str, only: str) -> Found:
-        environment = {
-            **os.environ, "JAX_DEFAULT_MATMUL_PRECISION": HIGHEST,
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "pytest", "-n0", "-W", "default", file, "-k", only]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        lines = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR"))]
-        ended = (done.stdout + done.stderr).strip().splitlines()[-1]
-        return {"ended": ended[:200], "failed": "; ".join(lines)[:400]}
-
-    for file in ("sashimi", "wavenet_samplernn", "megabyte") if not small else ("megabyte",):
-        only = "published or public_code or as_published"
-        yield file, functools.partial(run, f"tests/models/test_{file}.py", only)
-
-
-def main() -> None:
-    """Runs the cases of one part."""
-    parser = argparse.ArgumentParser("python -m benchmarks.accelerator_parts", description=__doc__)
-    parser.add_argument("part")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--skip", action="append", default=[])
-    parser.add_argument("--only")
-    parser.add_argument("--small", action="store_true")
-    args = parser.parse_args()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", cache)
-
-    def tell(row: Found) -> None:
-        with args.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    for name, run in globals()[args.part](args.small):
-        if name in args.skip or (args.only and name != args.only):
-            continue
-        tell({"case": name, "error": "not finished"})
-        begin = time.monotonic()
-        try:
-            found = run()
-        except Exception as error:
-            found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-        tell({"case": name, **found, "took_seconds": round(time.monotonic() - begin, 1)})
-
-
-if __name__ == "__main__":
-    main()

@@ -25,7 +25,7 @@ PARTS = {
     "device": 2, "correctness": 5, "convolutions": 3, "predictors": 2, "steps": 8, "generation": 4,
     "pipeline": 1, "parity": 2,
 }  # fmt: skip
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 UNTIMED = ("correctness", "parity")
 FAST_COMPILATION = "--xla_gpu_autotune_level=0"  # a GPU would try every algorithm
 
@@ -50,7 +50,7 @@ def run_part(part: str, seconds: float, path: Path, small: bool) -> str:
     ended = "done"
     while True:
         begun = read(fresh)
-        command = [sys.executable, "-m", "benchmarks.accelerator_parts", part, str(fresh)]
+        command = [sys.executable, "-m", "benchmarks.accelerator.part", part, str(fresh)]
         command += ["--small"] if small else []
         command += [f"--skip={name}" for name in begun]
         try:
