@@ -220,10 +220,7 @@ def run_system(name: str, args: argparse.Namespace) -> dict[str, Any]:
     def validate(params: Any) -> float:
         found = measure_spans(evaluator, params, splits["validation"], args.clip_samples, spans)
         curve.append({"minutes": trained / 60, "step": done, "nll_bits": found.nll_bits})
-        print(
-            f"{name}: step {done}, {trained / 60:.1f} minutes, {found.nll_bits:.4f} bits",
-            flush=True,
-        )
+        print(f"{name}: step {done}, {trained:.0f} s, {found.nll_bits:.4f} bits", flush=True)
         return found.nll_nats
 
     with Checkpoints(args.out / name, keep=1) as checkpoints:

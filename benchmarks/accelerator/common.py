@@ -1,11 +1,10 @@
 """What the cases of all parts share."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,6 @@ def random_codes(*shape: int, seed: int = 0) -> np.ndarray:
     notes = sum(np.sin(time_axis * f) for f in (0.05, 0.081, 0.131))
     wave = 12 * notes * np.exp(-(time_axis % 16_000) / 8_000) + rng.normal(0, 1, shape)
     return np.clip(np.rint(128 + wave), 0, 255).astype(np.uint8)
-
-
-@contextlib.contextmanager
-def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def configuration(name: str) -> Config:

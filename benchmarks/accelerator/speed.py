@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,6 @@ from benchmarks.accelerator.common import (
     HIGHEST,
     Case,
     Found,
-    attribute,
     configuration,
     random_codes,
     seconds_of,
@@ -78,9 +78,7 @@ def device(small: bool) -> Iterator[Case]:
 
 
 def library(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
-    return lax.conv_general_dilated(
-        x, kernel, (1,), "VALID", rhs_dilation=(dilation,), dimension_numbers=("NWC", "WIO", "NWC")
-    )
+    return encoder.library(x, kernel, (1,), rhs_dilation=(dilation,))
 
 
 def by_products(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
@@ -164,7 +162,7 @@ def predictors(small: bool) -> Iterator[Case]:
     def measure(config: PatchWaveConfig, rows: int, at_once: int) -> Found:
         bank = config.predictor_bank("mulaw")
         codes = random_codes(rows, samples + bank.lookback)
-        with attribute(least_squares, "GPU_TAPS_AT_ONCE", at_once):
+        with mock.patch.object(least_squares, "GPU_TAPS_AT_ONCE", at_once):
 
             def run(codes: Any) -> Any:
                 prediction, features = bank.predict(codes, bank.lookback)
@@ -260,7 +258,7 @@ def generation(small: bool) -> Iterator[Case]:
             config = configuration("laptop")
         params = jax.jit(lambda: nnx.state(config.build_model(nnx.Rngs(0))))()
         stats = jax.devices()[0].memory_stats() or {"bytes_limit": 4 * 2**30}
-        with attribute(generate, "memory_bytes", lambda: stats["bytes_limit"]):
+        with mock.patch.object(generate, "memory_bytes", return_value=stats["bytes_limit"]):
             found = generate.cached(config, params, num, 0.5, False)
         if "samples_per_second" in found:
             rate: Any = found["samples_per_second"]

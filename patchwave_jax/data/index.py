@@ -48,7 +48,7 @@ class Split:
     Attributes:
       name: "train", "validation" or "test".
       dataset: The dataset's name.
-      recordings: Its recordings, in the order of their indices.
+      recordings: Its recordings, sorted by index.
       manifest_hash: SHA-256 of the dataset's manifest, which identifies every source file.
       skip_damaged: Whether readers that don't need all of it may skip damaged parts.
     """

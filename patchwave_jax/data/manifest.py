@@ -63,7 +63,7 @@ class SkippedEntry:
 class Manifest:
     """Describes a built dataset, so that its shards need not be opened.
 
-    `files` and `recordings` are in the order of their records, split by split.
+    `files` and `recordings` have the order of the records, split by split.
     """
 
     dataset: str

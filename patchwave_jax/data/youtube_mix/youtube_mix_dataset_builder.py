@@ -50,7 +50,7 @@ class Builder(AudioBuilder):
 
 
 def numbered_files(folder: Path, first: int | None) -> list[Path]:
-    """The folder's files in the order of their numbers, which must be consecutive.
+    """The folder's files, sorted by number; the numbers must be consecutive.
 
     Args:
       folder: Has the files, such as out000.wav, and otherwise only .md and .csv files.

@@ -156,24 +156,24 @@ class Encoder(nnx.Module):
         return EncoderState(codes, layers), token.astype(taps.dtype), skip
 
 
+library = functools.partial(
+    lax.conv_general_dilated, padding="VALID", dimension_numbers=("NWC", "WIO", "NWC")
+)
+
+
 def convolve(
     x: Float[Array, "B T C"], kernel: Float[Array, "k C F"], stride: int, dilation: int
 ) -> Float[Array, "B n F"]:
     """A convolution without padding, in the form that is fast where it runs (docs/speed.md)."""
     kernel = kernel.astype(x.dtype)
-    library = functools.partial(_library, window_strides=(stride,), rhs_dilation=(dilation,))
+    plain = functools.partial(library, window_strides=(stride,), rhs_dilation=(dilation,))
     if dilation > 1:  # on a GPU the library's gradient takes ten times as long
         phases = functools.partial(by_phases, dilation=dilation)
-        return lax.platform_dependent(x, kernel, cuda=phases, default=library)
+        return lax.platform_dependent(x, kernel, cuda=phases, default=plain)
     if stride > 1:  # on a CPU a stride's gradient is slow
         blocks = functools.partial(by_blocks, stride=stride)
-        return lax.platform_dependent(x, kernel, cpu=blocks, default=library)
-    return library(x, kernel)
-
-
-_library = functools.partial(
-    lax.conv_general_dilated, padding="VALID", dimension_numbers=("NWC", "WIO", "NWC")
-)
+        return lax.platform_dependent(x, kernel, cpu=blocks, default=plain)
+    return plain(x, kernel)
 
 
 def by_phases(
@@ -184,7 +184,7 @@ def by_phases(
     outputs = samples - (kernel.shape[0] - 1) * dilation
     x = jnp.pad(x, ((0, 0), (0, -samples % dilation), (0, 0)))
     x = x.reshape(rows, -1, dilation, channels).swapaxes(1, 2)
-    y = _library(x.reshape(rows * dilation, -1, channels), kernel, (1,))
+    y = library(x.reshape(rows * dilation, -1, channels), kernel, (1,))
     y = y.reshape(rows, dilation, -1, kernel.shape[2]).swapaxes(1, 2)
     return y.reshape(rows, -1, kernel.shape[2])[:, :outputs]
 
@@ -199,7 +199,7 @@ def by_blocks(
     x = jnp.pad(x, ((0, 0), (0, max(0, length - x.shape[1])), (0, 0)))[:, :length]
     x = x.reshape(x.shape[0], -1, stride * channels)
     kernel = jnp.pad(kernel, ((0, blocks * stride - taps), (0, 0), (0, 0)))
-    return _library(x, kernel.reshape(blocks, stride * channels, filters), (1,))
+    return library(x, kernel.reshape(blocks, stride * channels, filters), (1,))
 
 
 def _newest_output(taps: Float[Array, "B *k F"], kernel: Array) -> Float[Array, "B D"]:
