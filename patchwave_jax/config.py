@@ -27,7 +27,7 @@ OBJECTIVES = ("last", "dense")
 ZERO_ALLOWED = {
     "seed", "num_layers", "distinct_positions", "micro_batch_size", "warmup_steps",
     "patience_evals", "eval_targets", "phase_chunk", "encode_chunk_patches",
-    "sample_every_steps", "denoiser_taps", "denoiser_window",
+    "sample_every_steps", "denoiser_taps", "plan_block_samples", "denoiser_window",
 }  # fmt: skip
 
 

@@ -66,6 +66,7 @@ ADAPTIVE = dataclasses.replace(
     denoiser_taps=4,
     denoiser_window=50,
 )
+PLANNED = dataclasses.replace(ADAPTIVE, plan_block_samples=20)
 OTHER_PATCH = dataclasses.replace(
     SMALL, patch_samples=96, kernel_size=3, strides=(3, 2, 2), filters=(8, 8, 4)
 )

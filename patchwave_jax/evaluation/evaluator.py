@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
 from patchwave_jax.checkpoint import Checkpoints, abstract
 from patchwave_jax.config import Config
@@ -37,13 +37,17 @@ class Evaluator:
         self._chunk = execution.encode_chunk_patches or config.window_units
         graphdef, self.abstract_params = config.abstract_model(execution)
 
-        def own_log_probs(params: Any, segments: jax.Array, last_n: int) -> jax.Array:
+        def own_log_probs(
+            params: Any, segments: jax.Array, last_n: int, latents: jax.Array | None = None
+        ) -> jax.Array:
             model = nnx.merge(graphdef, params)
-            return model.log_probs(segments, last_n * config.window_unit)
+            return model.log_probs(segments, last_n * config.window_unit, latents)
 
-        def log_probs(params: Any, segments: jax.Array, last_n: int) -> jax.Array:
+        def log_probs(
+            params: Any, segments: jax.Array, last_n: int, latents: jax.Array | None = None
+        ) -> jax.Array:
             if shards is None:
-                return own_log_probs(params, segments, last_n)
+                return own_log_probs(params, segments, last_n, latents)
             shared = jax.shard_map(
                 lambda params, segments: own_log_probs(params, segments, last_n),
                 mesh=mesh,
@@ -58,14 +62,21 @@ class Evaluator:
         self._log_probs = jax.jit(
             log_probs,
             static_argnums=2,
-            in_shardings=(replicated(mesh), by_rows(mesh)),
+            in_shardings=(replicated(mesh), by_rows(mesh), by_rows(mesh)),
             out_shardings=replicated(mesh),
         )
 
-    def score(self, params: Any, codes_of_clip: Any, windows: Iterable[Window]) -> Iterator[Scored]:
+    def score(
+        self,
+        params: Any,
+        codes_of_clip: Any,
+        windows: Iterable[Window],
+        latents: Int32[np.ndarray, "clips blocks Z"] | None = None,
+    ) -> Iterator[Scored]:
         """Log-probabilities of each window; `codes_of_clip(i)` gives the codes of clip i.
 
-        Windows of one shape come back in their order, those of different shapes interleaved.
+        `latents` are those of each clip's blocks, if they are not to be inferred. Windows of one
+        shape come back in their order, those of different shapes interleaved.
         """
 
         def segments() -> Iterator[tuple[Window, UInt8[np.ndarray, " T"]]]:
@@ -75,10 +86,13 @@ class Evaluator:
                     clip, codes = window.clip, codes_of_clip(window.clip)
                 yield window, segment(window, codes, self.config)
 
-        return self.score_segments(params, segments())
+        return self.score_segments(params, segments(), latents)
 
     def score_segments(
-        self, params: Any, segments: Iterable[tuple[Window, UInt8[np.ndarray, " T"]]]
+        self,
+        params: Any,
+        segments: Iterable[tuple[Window, UInt8[np.ndarray, " T"]]],
+        latents: Int32[np.ndarray, "clips blocks Z"] | None = None,
     ) -> Iterator[Scored]:
         """As `score`, of windows that come with their codes."""
         waiting: dict[tuple[int, int], list[tuple[Window, UInt8[np.ndarray, " T"]]]]
@@ -88,11 +102,11 @@ class Evaluator:
             group = waiting[shape]
             group.append((window, codes))
             if len(group) == self.rows:
-                yield from self._run(params, shape, group)
+                yield from self._run(params, shape, group, latents)
                 group.clear()
         for shape, group in waiting.items():
             if group:
-                yield from self._run(params, shape, group)
+                yield from self._run(params, shape, group, latents)
 
     def _shape(self, window: Window) -> tuple[int, int]:
         """`(units, last_n)` of the program that computes a window.
@@ -110,7 +124,11 @@ class Evaluator:
         return units, units
 
     def _run(
-        self, params: Any, shape: tuple[int, int], group: list[tuple[Window, np.ndarray]]
+        self,
+        params: Any,
+        shape: tuple[int, int],
+        group: list[tuple[Window, np.ndarray]],
+        latents: np.ndarray | None,
     ) -> Iterator[Scored]:
         (units, last_n), config = shape, self.config
         length = config.history + units * config.window_unit
@@ -119,11 +137,25 @@ class Evaluator:
             row[: codes.size] = codes
         own = distributed.own_rows(self.mesh, self.rows)
         placed = distributed.place_rows(self.mesh, batch[own], self.rows)
-        log_probs = np.asarray(self._log_probs(params, placed, last_n))
+        given = None if latents is None else self._latents_of(group, shape, latents)
+        log_probs = np.asarray(self._log_probs(params, placed, last_n, given))
         for (window, _), row in zip(group, log_probs, strict=False):
             skipped = (window.units - window.last_n - units + last_n) * config.window_unit
             row = row[skipped : skipped + window.end - window.first]
             yield Scored(window, row, contexts(window, config))
+
+    def _latents_of(
+        self, group: list[tuple[Window, np.ndarray]], shape: tuple[int, int], latents: np.ndarray
+    ) -> Int32[np.ndarray, "rows blocks Z"]:
+        """The latent variables of all targets of the program that computes a group of windows."""
+        (units, last_n), unit = shape, self.config.window_unit
+        block = self.config.model.latent_block
+        given = np.zeros((self.rows, last_n * unit // block, latents.shape[2]), np.int32)
+        for row, (window, _) in zip(given, group, strict=False):
+            start = window.first + (window.last_n - window.units + units - last_n) * unit
+            own = latents[window.clip, start // block :][: len(row)]
+            row[: len(own)] = own
+        return given
 
 
 def load(

@@ -61,20 +61,26 @@ def check(
         stride_patches=stride_patches,
     )
     context, size = config.context_samples, config.window_unit
-    before_slide = max(0, context - CHECK_SAMPLES)
+    block = config.model.latent_block or 1
+    num_latents = config.model.latent_size if config.model.latent_block else 0
+    before_slide = max(0, context - CHECK_SAMPLES) // block * block
     differences, slides = [], 0
     for first, end in ((0, min(CHECK_SAMPLES, context)), (before_slide, context + CHECK_SAMPLES)):
         codes = np.tile(np.resize(prompt, first), (sampler.num, 1))
         sampler.prime(codes, first)
-        pieces = []
+        pieces, latents = [], np.zeros((sampler.num, 1 + end // block, num_latents), np.int32)
         while sampler.position < end:
+            number = sampler.position // block
             pieces.append(sampler.run(end - sampler.position))
+            own = sampler.latents[: sampler.num, : 1 + (sampler.position - 1) // block - number]
+            latents[:, number : number + own.shape[1]] = own
         slides += sampler.window_start(end - 1) // (size * sampler.stride_patches)
         log_probs = np.concatenate([piece[1] for piece in pieces], 1)
         codes = np.concatenate([codes, *(piece[0] for piece in pieces)], 1)
         plan = protocol.plan([end] * sampler.num, config, sampler.stride_patches)
         windows = [_last_part(window, first, size) for window in plan if window.end > first]
-        for scored in evaluator.score(params, codes.__getitem__, windows):
+        given = latents if num_latents else None
+        for scored in evaluator.score(params, codes.__getitem__, windows, given):
             window = scored.window
             skipped = max(0, first - window.first)
             made = log_probs[window.clip, window.first + skipped - first : window.end - first]

@@ -18,14 +18,14 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Array, Float32, Int32, UInt8
 
 from patchwave_jax.config import Config
 from patchwave_jax.data import quantisers
 from patchwave_jax.errors import UserError
 from patchwave_jax.evaluation import protocol
 from patchwave_jax.generation.sampling_params import SamplingParams
-from patchwave_jax.models.base import Model
+from patchwave_jax.models.base import Latent, Model
 from patchwave_jax.runtime.mesh import replicated
 
 CHUNK_SAMPLES = 800  # made by one call of the compiled loop
@@ -59,6 +59,7 @@ class Sampler:
         self._streams = np.arange(self._rows, dtype=np.uint32)
         self._window = 0  # start of the window that the state is of
         self._state: Any = None
+        self.latents = np.empty(0)  # of the blocks of the newest run's samples, [R, n, Z]
         self._pieces: list[np.ndarray] = []  # the codes before `position`
         self._params = jax.device_put(params, replicated(mesh))
         self._graphdef, abstract_params = config.abstract_model()
@@ -92,7 +93,7 @@ class Sampler:
         arguments = (*common, *(rows,) * 3, *(everywhere,) * 4)
         self._loop = functools.cache(
             lambda visible: sharded(
-                functools.partial(self._run, visible), arguments, (parts, rows, rows), 2
+                functools.partial(self._run, visible), arguments, (parts, rows, rows, rows), 2
             )
         )
 
@@ -149,17 +150,23 @@ class Sampler:
                 self._advance(known[:, self.position - first :], CHUNK_SAMPLES)
             return
         size, history = self.config.window_unit, self.config.history
+        inside = end % (self.config.model.latent_block or 1)  # a block, whose latents are drawn
+        end, known = end - inside, codes[:, codes.shape[1] - inside :]
+        codes = codes[:, : codes.shape[1] - inside]
         past = end - start
         count = min(past + history, end)
         length = history + -(-past // size) * size
         segment = np.full((self._rows, length), quantisers.SILENCE, np.uint8)
-        known = codes[:, codes.shape[1] - count :]
-        segment[:, past + history - count : past + history] = known
-        self._pieces = [np.concatenate([silence, known], 1)]
+        before = codes[:, codes.shape[1] - count :]
+        segment[:, past + history - count : past + history] = before
+        self._pieces = [np.concatenate([silence, before], 1)]
         state = self._state
         state = self._init_state(self._params, self._rows) if state is None else state
         positions = map(np.int32, (end, start))
         self._state = self._fill(self._params, self._prepared, state, segment, *positions)
+        self.position = end
+        while known.shape[1]:
+            known = known[:, self._advance(known, CHUNK_SAMPLES)[0].shape[1] :]
 
     def _fill_state(
         self, params: Any, prepared: Any, state: Any, segment: Array, position: Array, start: Array
@@ -210,7 +217,7 @@ class Sampler:
             count = min(count, given.shape[1])
             forced[:, :count] = given[:, :count]
         numbers = (0 if given is None else count, count, self.position, start)
-        self._state, codes, log_probs = self._loop(visible)(
+        self._state, codes, log_probs, latents = self._loop(visible)(
             self._params,
             self._prepared,
             self._state,
@@ -220,6 +227,7 @@ class Sampler:
             *map(np.int32, numbers),
         )
         codes, log_probs = np.asarray(codes)[:, :count], np.asarray(log_probs)[:, :count]
+        self.latents = np.asarray(latents)
         self._pieces.append(codes)
         self.position += count
         return codes, log_probs
@@ -237,14 +245,20 @@ class Sampler:
         count: Array,
         position: Array,
         start: Array,
-    ) -> tuple[Any, UInt8[Array, "B C"], Float32[Array, "B C"]]:
+    ) -> tuple[Any, UInt8[Array, "B C"], Float32[Array, "B C"], Int32[Array, "B n Z"]]:
         """`count` samples from `position` on, the first `known` of them given."""
         model, (rows, chunk) = self._merge(params), given.shape
         uniforms = self.sampling.uniforms(streams, position, chunk)
+        latent = self._latents(streams, position, chunk)
+        block = self.config.model.latent_block or chunk
+        size = self.config.model.latent_size if self.config.model.latent_block else 0
+        latents = jnp.zeros((rows, chunk // block + 2, size), jnp.int32)
 
         def sample(i: Array, carry: Any) -> Any:
-            state, previous, codes, log_probs = carry
-            state, read = model.step(prepared, state, previous, position + i, start, visible)
+            state, previous, codes, log_probs, latents = carry
+            state, read = model.step(
+                prepared, state, previous, position + i, start, visible, latent(position + i)
+            )
 
             def draw() -> tuple[Array, Array]:
                 logits, log_prob = read()
@@ -254,11 +268,29 @@ class Sampler:
             code, log_prob = lax.cond(i < known, lambda: (given[:, i], jnp.zeros(rows)), draw)
             codes = lax.dynamic_update_slice(codes, code[:, None], (0, i))
             log_probs = lax.dynamic_update_slice(log_probs, log_prob[:, None], (0, i))
-            return state, code, codes, log_probs
+            if size:
+                number = (position + i) // block - position // block
+                own = model.latents(state)[:, None]
+                latents = lax.dynamic_update_slice(latents, own, (0, number, 0))
+            return state, code, codes, log_probs, latents
 
-        begin = (state, previous, given, jnp.zeros((rows, chunk)))
-        state, _, codes, log_probs = lax.fori_loop(0, count, sample, begin)
-        return state, codes, log_probs
+        begin = (state, previous, given, jnp.zeros((rows, chunk)), latents)
+        state, _, codes, log_probs, latents = lax.fori_loop(0, count, sample, begin)
+        return state, codes, log_probs, latents
+
+    def _latents(self, streams: Array, position: Array, chunk: int) -> Any:
+        """What the latent variables of the block around a position are drawn from."""
+        size, block = self.config.model.latent_size, self.config.model.latent_block
+        if not block:
+            return lambda _: None
+        first = position // block
+        uniforms = self.sampling.latent_uniforms(streams, first, chunk // block + 2, size)
+
+        def of_block(at: Array) -> Latent:
+            own = lax.dynamic_index_in_dim(uniforms, at // block - first, keepdims=False)
+            return Latent(own, jnp.full(own.shape, -1, jnp.int32))
+
+        return of_block
 
     def state_bytes(self) -> int:
         """Size of all streams' state."""

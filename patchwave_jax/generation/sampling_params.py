@@ -42,6 +42,19 @@ class SamplingParams:
         of_streams = jax.vmap(of_sample, (0, None))
         return jax.vmap(of_streams, (None, 0))(streams, first + jnp.arange(count))
 
+    def latent_uniforms(
+        self, streams: Array, first: Array, count: int, size: int
+    ) -> Float32[Array, "n B Z"]:
+        """Uniform numbers for the latent variables of `count` blocks from block `first` on."""
+
+        def of_block(stream: Array, block: Array) -> Array:
+            key = jax.random.fold_in(jax.random.key(self.seed), 2**31)
+            key = jax.random.fold_in(jax.random.fold_in(key, stream), block)
+            return jax.random.uniform(key, (size,))
+
+        of_streams = jax.vmap(of_block, (0, None))
+        return jax.vmap(of_streams, (None, 0))(streams, first + jnp.arange(count))
+
     def draw(
         self, logits: Float32[Array, "B 256"], uniform: Float32[Array, " B"]
     ) -> UInt8[Array, " B"]:

@@ -29,6 +29,13 @@ from patchwave_jax.models.layers import Key
 Read = Callable[[], tuple[Array, Callable[[Array], Array]]]  # see `Model.step`
 
 
+class Latent(NamedTuple):
+    """What a model with latent variables draws those of its next block from."""
+
+    uniforms: Float32[Array, "B Z"]  # uniform numbers
+    given: Int32[Array, "B Z"]  # values that are not drawn; negative ones are
+
+
 @dataclasses.dataclass(frozen=True)
 class Execution:
     """How much of a window is computed at once, and by whom: changes no result."""
@@ -57,6 +64,7 @@ class ModelConfig:
     kind: str = ""
     compute_dtype: str = "float32"  # or 'bfloat16'
     published_parameters: ClassVar[str]
+    latent_size: ClassVar[int] = 0  # latent variables of a block
     min_rows: ClassVar[int] = 1  # that are worth computing at once
 
     def check(self, context_samples: int, causal: bool) -> None:
@@ -82,6 +90,11 @@ class ModelConfig:
     @property
     def linear_taps(self) -> int:
         """Taps of the linear prediction of the train split that it starts from; 0: none."""
+        return 0
+
+    @property
+    def latent_block(self) -> int:
+        """Samples for which latent variables are drawn at once; 0: there are none."""
         return 0
 
     def history(self, causal: bool) -> int:
@@ -156,8 +169,17 @@ class Model(nnx.Module):
         """
         raise NotImplementedError
 
-    def log_probs(self, segment: UInt8[Array, "B S"], last_n: int) -> Float32[Array, "B n"]:
-        """Log-probabilities of the `last_n` samples of segments."""
+    def log_probs(
+        self,
+        segment: UInt8[Array, "B S"],
+        last_n: int,
+        latents: Int32[Array, "B blocks Z"] | None = None,
+    ) -> Float32[Array, "B n"]:
+        """Log-probabilities of the `last_n` samples of segments.
+
+        Those of a block's latent variables are added to its first sample's. They are inferred from
+        the samples unless given.
+        """
         raise NotImplementedError
 
     def logits(self, segment: UInt8[Array, "B S"], every: int) -> Float32[Array, "B n 256"]:
@@ -207,6 +229,10 @@ class Model(nnx.Module):
         del samples
         return state
 
+    def latents(self, state: Any) -> Int32[Array, "B Z"]:
+        """Latent variables of the block that the newest `step` was in."""
+        raise NotImplementedError
+
     def visible(self, past: int, context_samples: int) -> tuple[int, int]:
         """A static argument of `step` for window positions from `past` on, and where it ends."""
         del past
@@ -220,8 +246,11 @@ class Model(nnx.Module):
         position: Int32[Array, ""],
         start: Int32[Array, ""],
         visible: int,
+        latent: Latent | None = None,
     ) -> tuple[Any, Read]:
         """The state after `code`, the sample before `position`, in the window from `start` on.
+
+        `latent` is for the block that `position` is in, of a model that has latent variables.
 
         Returns:
           The state, and a function that reads the distribution of sample `position` from it:
@@ -254,7 +283,9 @@ class Baseline(Model):
         row_nats = -log_prob(self.window_logits(codes, key), codes).mean(1)
         return row_nats.mean(), (row_nats, carry)
 
-    def log_probs(self, segment: UInt8[Array, "B S"], last_n: int) -> Float32[Array, "B n"]:
+    def log_probs(
+        self, segment: UInt8[Array, "B S"], last_n: int, latents: Array | None = None
+    ) -> Float32[Array, "B n"]:
         return self._read(segment, last_n, log_prob)
 
     def logits(self, segment: UInt8[Array, "B S"], every: int) -> Float32[Array, "B n 256"]:
@@ -265,7 +296,14 @@ class Baseline(Model):
         return of(self.window_logits(segment), segment)[:, -last_n:]
 
     def step(
-        self, prepared: Any, state: Any, code: Array, position: Array, start: Array, visible: int
+        self,
+        prepared: Any,
+        state: Any,
+        code: Array,
+        position: Array,
+        start: Array,
+        visible: int,
+        latent: Latent | None = None,
     ) -> tuple[Any, Read]:
         state, logits = self.step_logits(prepared, state, code, position, start)
         return state, lambda: (logits, functools.partial(log_prob, logits))

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import soundfile as sf
-from conftest import ADAPTIVE, OTHER_PATCH, OURS, SMALL, random_codes, random_model
+from conftest import ADAPTIVE, OTHER_PATCH, OURS, PLANNED, SMALL, random_codes, random_model
 from flax import nnx
 from jax.sharding import AxisType
 from scipy import stats
@@ -127,7 +127,9 @@ def test_every_devices_streams_equal_the_evaluation_after_a_long_prompt():
     assert difference.mean() < 2e-5
 
 
-@pytest.mark.parametrize(("model", "objective"), [(OURS, "last"), (ADAPTIVE, "dense")])
+@pytest.mark.parametrize(
+    ("model", "objective"), [(OURS, "last"), (ADAPTIVE, "dense"), (PLANNED, "dense")]
+)
 def test_taken_up_again_it_goes_on_to_the_last_bit(model, objective):
     config, _, params = make(model, objective)
     prompt, end = random_codes(2, 61), 700

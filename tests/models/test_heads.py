@@ -11,7 +11,7 @@ from flax import nnx
 from patchwave_jax.data import quantisers
 from patchwave_jax.evaluation import classical
 from patchwave_jax.models.patchwave.config import PatchWaveConfig
-from patchwave_jax.models.patchwave.heads import LogisticMixture, Softmax, _correlate
+from patchwave_jax.models.patchwave.heads import LogisticMixture, Softmax, correlate
 from patchwave_jax.models.predictors.bank import Prediction
 
 CONFIG = PatchWaveConfig(readout_width=6, mixture_components=3)
@@ -112,9 +112,9 @@ def test_gradients_are_finite_everywhere(rng):
 
 @pytest.mark.parametrize("taps", [1, 5, 16])
 @pytest.mark.parametrize("samples", [16, 17, 100])
-def test_correlate_equals_numpy(taps, samples, rng):
+def testcorrelate_equals_numpy(taps, samples, rng):
     x, kernel = rng.normal(size=(2, samples)), rng.normal(size=taps)
-    got = _correlate(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32))
+    got = correlate(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32))
     expected = np.stack([np.correlate(row, kernel, "valid") for row in x])
     np.testing.assert_allclose(got, expected, atol=1e-5)
 

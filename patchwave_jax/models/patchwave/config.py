@@ -20,6 +20,7 @@ class PatchWaveConfig(ModelConfig):
     """The patch model: everything that shapes its parameters, and its dropout."""
 
     published_parameters: ClassVar[str] = "3.14M"
+    latent_size: ClassVar[int] = 6  # levels of a plan
     kind: str = "patchwave"
     patch_samples: int = 2000  # P
     kernel_size: int = 7
@@ -42,6 +43,7 @@ class PatchWaveConfig(ModelConfig):
     adaptive_block_samples: int = 100  # samples between refits; divides the patch
     denoiser_taps: int = 0  # order of the denoiser in front of them; 0: none
     denoiser_window: int = 0  # samples it is fitted to
+    plan_block_samples: int = 0  # samples whose levels are drawn before them (0: no plan)
     conv_dropout: float = 0.2
     mlp_dropout: float = 0.2
     head_dropout: float = 0.2
@@ -68,7 +70,8 @@ class PatchWaveConfig(ModelConfig):
     @property
     def linear_taps(self) -> int:
         """Taps of the mixture's learned linear predictor, which starts from least squares."""
-        return self.predictor_taps if self.head == "logistic_mixture" else 0
+        learned = self.head == "logistic_mixture" and not self.plan_block_samples
+        return self.predictor_taps if learned else 0
 
     def predictor_bank(self, quantiser: str) -> PredictorBank:
         """The predictors that the mixture is built around. A new kind is added here."""
@@ -84,7 +87,8 @@ class PatchWaveConfig(ModelConfig):
     def readout_inputs(self, quantiser: str) -> int:
         """Width of what the readout reads: a token, and the head's features."""
         bank = self.predictor_bank(quantiser)
-        return self.width + (bank.num_features if self.head == "logistic_mixture" else 0)
+        planned = 2 * self.latent_size + 2 if self.plan_block_samples else 0
+        return self.width + planned + (bank.num_features if self.head == "logistic_mixture" else 0)
 
     # The contract.
 
@@ -92,6 +96,10 @@ class PatchWaveConfig(ModelConfig):
         from patchwave_jax.models.patchwave.model import PatchWave
 
         return PatchWave(self, quantiser=quantiser, causal=causal, execution=execution, rngs=rngs)
+
+    @property
+    def latent_block(self) -> int:
+        return self.plan_block_samples
 
     def window_unit(self, context_samples: int) -> int:
         return self.patch_samples
@@ -116,7 +124,7 @@ class PatchWaveConfig(ModelConfig):
 
     def shared_axes(self, context_samples: int, causal: bool) -> dict[str, int]:
         axes = {"patches": context_samples // self.patch_samples, "phases": self.patch_samples}
-        return axes if causal else {}
+        return axes if causal and not self.plan_block_samples else {}
 
     def useful_flops(self, context_samples: int, causal: bool) -> float:
         return sum(cost.useful_flops(self, context_samples, causal).values())
@@ -152,11 +160,27 @@ class PatchWaveConfig(ModelConfig):
             f"{self.predictor_taps} is more than model.patch_samples, {size}",
         )
         self._check_predictors(causal)
+        if self.plan_block_samples:
+            self._check_plan()
         require(
             context_samples > 0 and context_samples % size == 0,
             "context_samples",
             f"{context_samples} is not a whole number of patches of {size} samples; "
             f"the nearest is {max(1, round(context_samples / size)) * size}",
+        )
+
+    def _check_plan(self) -> None:
+        block, grid = self.plan_block_samples, self.adaptive_block_samples
+        require(
+            bool(self.adaptive_taps),
+            "model.plan_block_samples",
+            "needs adaptive predictors, whose errors are planned: set model.adaptive_taps",
+        )
+        require(
+            block > 1 and block % grid == 0 and self.patch_samples % block == 0,
+            "model.plan_block_samples",
+            f"must be a multiple of model.adaptive_block_samples, {grid}, that divides "
+            f"model.patch_samples, {self.patch_samples}; got {block}",
         )
 
     def _check_predictors(self, causal: bool) -> None:

@@ -26,15 +26,10 @@ LOG_FLOOR = -32 * math.log(2)  # of a code's probability in the mixture, in nats
 Conditioning = tuple[tuple[Any, ...], tuple[Any, ...]]  # with and without a gradient
 
 
-def make_head(config: PatchWaveConfig, quantiser: str, *, rngs: nnx.Rngs) -> Any:
-    """The head of a configuration."""
-    kind = Softmax if config.head == "softmax" else LogisticMixture
-    return kind(config, quantiser, rngs=rngs)
-
-
 class Softmax(nnx.Module):
     """A linear layer and a softmax over the 256 codes (the paper's head)."""
 
+    plan = None
     lookback = 0  # samples before a target that `condition` reads
 
     def __init__(self, config: PatchWaveConfig, quantiser: str, *, rngs: nnx.Rngs):
@@ -87,19 +82,76 @@ class MixtureState(NamedTuple):
     bank: BankState | None
 
 
-class LogisticMixture(nnx.Module):
-    """A mixture of discretised logistics around linear predictions of the waveform.
+class Mixture(nnx.Module):
+    """A mixture of discretised logistics in the waveform; a subclass has its parameters.
 
     The probability of a code is the mass of the mixture in its bin (PixelCNN++, Parallel WaveNet);
-    the outermost bins are open, so the 256 masses sum to 1. A component's mean is a linear
-    prediction plus an offset in units of the prediction error's scale, so that training starts
-    from linear prediction and learns the rest. Without a predictor bank the prediction is that of
-    a learned predictor, of the newest `taps` samples; with one it is the bank's mean, and a
-    component may lean towards each of its predictions and the learned one.
+    the outermost bins are open, so the 256 masses sum to 1.
 
     Every code has a probability of 2^-32 in addition, so that no sample costs more than 32 bits:
     the tails of narrow logistics alone would make the cost of a click unbounded. The 256 floors
     together are below float32's rounding of 1; in 17 minutes of 16 kHz audio one is drawn once.
+    """
+
+    plan: Any = None  # see `patchwave_jax.models.patchwave.plan`
+    quantiser: str
+
+    def _mixture(
+        self, hidden: Array, prediction: Prediction, *features: Any
+    ) -> tuple[Array, Array, Array]:
+        """Log-weights, means and log-scales of the components, [..., K]."""
+        raise NotImplementedError
+
+    def log_prob(
+        self,
+        hidden: Float[Array, "*shape F"],
+        codes: UInt8[Array, "*shape"],
+        prediction: Prediction,
+        *features: Any,
+    ) -> Float32[Array, "*shape"]:
+        """Log-probability of `codes`, in nats."""
+        edges = jnp.asarray(quantisers.get(self.quantiser).edges)
+        index = codes.astype(jnp.int32)
+        weights, means, log_scales = self._mixture(hidden, prediction, *features)
+        low, high = edges[index][..., None], edges[index + 1][..., None]
+        mass = _log_bin_mass(low, high, index[..., None], means, log_scales)
+        return jnp.logaddexp(jax.nn.logsumexp(weights + mass, -1), LOG_FLOOR)
+
+    def logits(
+        self, hidden: Float[Array, "*shape F"], prediction: Prediction, *features: Any
+    ) -> Float32[Array, "*shape 256"]:
+        """Log-probabilities of all codes; they are normalised."""
+        edges = jnp.asarray(quantisers.get(self.quantiser).edges)
+        index = jnp.arange(quantisers.NUM_CODES)[:, None]
+        weights, means, log_scales = (
+            x[..., None, :] for x in self._mixture(hidden, prediction, *features)
+        )
+        mass = _log_bin_mass(edges[:-1, None], edges[1:, None], index, means, log_scales)
+        return jnp.logaddexp(jax.nn.logsumexp(weights + mass, -1), LOG_FLOOR)
+
+    def drawing_logits(
+        self, hidden: Float[Array, "*shape F"], prediction: Prediction, *features: Any
+    ) -> Float32[Array, "*shape 256"]:
+        """The same from masses instead of their logarithms: many times as fast on CPUs."""
+        edges = quantisers.get(self.quantiser).edges.copy()
+        edges[[0, -1]] = -np.inf, np.inf
+        weights, means, log_scales = (
+            x[..., None] for x in self._mixture(hidden, prediction, *features)
+        )
+        inverse = jnp.exp(-log_scales)
+        at = (edges - means) * inverse
+        width = (edges[1:] - edges[:-1]) * inverse
+        mass = jax.nn.sigmoid(at[..., 1:]) * jax.nn.sigmoid(-at[..., :-1]) * -jnp.expm1(-width)
+        return jnp.log((jnp.exp(weights) * mass).sum(-2) + math.exp(LOG_FLOOR))
+
+
+class LogisticMixture(Mixture):
+    """A mixture of discretised logistics around linear predictions of the waveform.
+
+    A component's mean is a linear prediction plus an offset in units of the prediction error's
+    scale, so that training starts from linear prediction and learns the rest. Without a predictor
+    bank the prediction is that of a learned predictor, of the newest `taps` samples; with one it is
+    the bank's mean, and a component may lean towards each of its predictions and the learned one.
     """
 
     def __init__(self, config: PatchWaveConfig, quantiser: str, *, rngs: nnx.Rngs):
@@ -149,7 +201,7 @@ class LogisticMixture(nnx.Module):
     def _learned(self, codes: UInt8[Array, "B T"]) -> Prediction:
         """The learned predictor's prediction of what follows every stretch of `taps` samples."""
         waveform, _ = self.bank.decode(codes)
-        mean = _correlate(waveform, self.predictor[...])
+        mean = correlate(waveform, self.predictor[...])
         scale = jnp.broadcast_to(jnp.exp(self.log_scale[...]), mean.shape)
         return Prediction(mean, scale, None)
 
@@ -159,56 +211,18 @@ class LogisticMixture(nnx.Module):
         difference = jnp.clip((learned - prediction.mean) / prediction.scale, -LIMIT, LIMIT)
         assert prediction.differences is not None
         differences = jnp.concatenate([prediction.differences, difference[..., None]], -1)
-        return prediction._replace(differences=differences)
+        return Prediction(prediction.mean, prediction.scale, differences)
 
     def readout_inputs(
-        self, x: Float[Array, "*shape D"], prediction: Prediction, *features: Array
+        self, x: Float[Array, "*shape D"], prediction: Prediction, *features: Any
     ) -> Float[Array, "*shape E"]:
         """The normed state with the bank's features behind it, as the readout reads them."""
         del prediction
         return jnp.concatenate([x, *(f.astype(x.dtype) for f in features)], -1)
 
-    # Distributions.
-
-    def log_prob(
-        self,
-        hidden: Float[Array, "*shape F"],
-        codes: UInt8[Array, "*shape"],
-        prediction: Prediction,
-        *features: Array,
-    ) -> Float32[Array, "*shape"]:
-        """Log-probability of `codes`, in nats."""
-        edges = jnp.asarray(quantisers.get(self.quantiser).edges)
-        index = codes.astype(jnp.int32)
-        weights, means, log_scales = self._mixture(hidden, prediction)
-        low, high = edges[index][..., None], edges[index + 1][..., None]
-        mass = _log_bin_mass(low, high, index[..., None], means, log_scales)
-        return jnp.logaddexp(jax.nn.logsumexp(weights + mass, -1), LOG_FLOOR)
-
-    def logits(
-        self, hidden: Float[Array, "*shape F"], prediction: Prediction, *features: Array
-    ) -> Float32[Array, "*shape 256"]:
-        """Log-probabilities of all codes; they are normalised."""
-        edges = jnp.asarray(quantisers.get(self.quantiser).edges)
-        index = jnp.arange(quantisers.NUM_CODES)[:, None]
-        weights, means, log_scales = (x[..., None, :] for x in self._mixture(hidden, prediction))
-        mass = _log_bin_mass(edges[:-1, None], edges[1:, None], index, means, log_scales)
-        return jnp.logaddexp(jax.nn.logsumexp(weights + mass, -1), LOG_FLOOR)
-
-    def drawing_logits(
-        self, hidden: Float[Array, "*shape F"], prediction: Prediction, *features: Array
-    ) -> Float32[Array, "*shape 256"]:
-        """The same from masses instead of their logarithms: many times as fast on CPUs."""
-        edges = quantisers.get(self.quantiser).edges.copy()
-        edges[[0, -1]] = -np.inf, np.inf
-        weights, means, log_scales = (x[..., None] for x in self._mixture(hidden, prediction))
-        inverse = jnp.exp(-log_scales)
-        at = (edges - means) * inverse
-        width = (edges[1:] - edges[:-1]) * inverse
-        mass = jax.nn.sigmoid(at[..., 1:]) * jax.nn.sigmoid(-at[..., :-1]) * -jnp.expm1(-width)
-        return jnp.log((jnp.exp(weights) * mass).sum(-2) + math.exp(LOG_FLOOR))
-
-    def _mixture(self, hidden: Array, prediction: Prediction) -> tuple[Array, Array, Array]:
+    def _mixture(
+        self, hidden: Array, prediction: Prediction, *features: Any
+    ) -> tuple[Array, Array, Array]:
         """Log-weights, means and log-scales of the components, [..., K]."""
         raw = self.linear(hidden).astype(jnp.float32)
         raw = raw.reshape(*raw.shape[:-1], self.components, self.outputs)
@@ -280,7 +294,7 @@ def _log_bin_mass(low, high, index, means, log_scales):
     return upper + lower + jnp.where(closed, jnp.log(-jnp.expm1(-width)), 0.0)
 
 
-def _correlate(x: Float32[Array, "B T"], taps: Float32[Array, " K"]) -> Float32[Array, "B n"]:
+def correlate(x: Float32[Array, "B T"], taps: Float32[Array, " K"]) -> Float32[Array, "B n"]:
     """y[t] = sum_k taps[k] x[t+k], as products of blocks of K outputs with a Toeplitz matrix.
 
     In full precision: what is predicted is a small difference of large products.

@@ -27,12 +27,13 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from patchwave_jax.data import quantisers
-from patchwave_jax.models.base import Execution, Model, Read
+from patchwave_jax.models.base import Execution, Latent, Model, Read
 from patchwave_jax.models.chunking import map_over_chunks, mean_over_chunks, recomputed
 from patchwave_jax.models.layers import Key, split
 from patchwave_jax.models.patchwave.config import PatchWaveConfig
 from patchwave_jax.models.patchwave.encoder import Encoder, EncoderState
-from patchwave_jax.models.patchwave.heads import Conditioning, make_head
+from patchwave_jax.models.patchwave.heads import Conditioning, LogisticMixture, Softmax
+from patchwave_jax.models.patchwave.plan import BANDS, PlannedMixture, contradict
 from patchwave_jax.models.patchwave.transformer import Block, Cache, Folded, positions
 
 PRIME_BYTES = 2.5e8  # about what priming holds at once, besides the state
@@ -83,7 +84,11 @@ class PatchWave(Model):
         self.readout = nnx.Linear(
             config.readout_inputs(quantiser), config.readout_width, dtype=dtype, rngs=rngs
         )
-        self.head = make_head(config, quantiser, rngs=rngs)
+        kind = Softmax if config.head == "softmax" else LogisticMixture
+        if config.plan_block_samples:
+            kind = PlannedMixture
+            self.levels = nnx.Linear(BANDS, config.width, dtype=dtype, rngs=rngs)
+        self.head: Any = kind(config, quantiser, rngs=rngs)
         self.token_dropout = nnx.Dropout(config.token_dropout, broadcast_dims=(-1,))
         self.head_dropout = nnx.Dropout(config.head_dropout)
 
@@ -139,20 +144,31 @@ class PatchWave(Model):
         key: Key = None,
     ) -> Float[Array, "*shape F"]:
         """The readout before the head, with the full-rate skip path added to the states."""
-        x = self.norm(states if skip is None else states + skip).astype(states.dtype)
+        x = self.normed(states, skip)
         x = jax.nn.relu(self.readout(self.head.readout_inputs(x, *conditioning)))
         return self.head_dropout(x, deterministic=key is None, rngs=key)
+
+    def normed(self, states: Float[Array, "*shape D"], skip: Array | None) -> Array:
+        return self.norm(states if skip is None else states + skip).astype(states.dtype)
+
+    def with_levels(self, tokens: Float[Array, "*shape D"], levels: Array) -> Array:
+        """Tokens that know the levels of the bands where they end."""
+        return tokens + self.levels((levels / 8 - 2).astype(tokens.dtype))
 
     # The patch form.
 
     def next_sample_logits(
-        self, window: UInt8[Array, "B T"], position: int = 0
+        self,
+        window: UInt8[Array, "B T"],
+        position: int = 0,
+        plan: Int32[Array, "B Z"] | None = None,
     ) -> Float32[Array, "B 256"]:
         """Logits of the sample after each window of whole patches.
 
-        `position` is that sample's in its window of the dense form (see `LogisticMixture`).
+        `position` is that sample's in its window of the dense form (see `LogisticMixture`), and
+        `plan` that of its block, in a model that has one.
         """
-        hidden, conditioning = self._read_window(window, None, position)
+        hidden, conditioning = self._read_window(window, None, position, plan)
         return self.head.logits(hidden, *conditioning)
 
     def next_sample_log_prob(
@@ -163,7 +179,7 @@ class PatchWave(Model):
         return self.head.log_prob(hidden, codes[:, -1], *conditioning)
 
     def _read_window(
-        self, window: Array, key: Key, position: int = 0
+        self, window: Array, key: Key, position: int = 0, plan: Array | None = None
     ) -> tuple[Array, tuple[Any, ...]]:
         keys, (batch, samples) = split(key, 3), window.shape
         patches = window.reshape(batch, -1, self.config.patch_samples)
@@ -172,7 +188,11 @@ class PatchWave(Model):
         encode = jax.vmap(self.encoder.patch, (0, None if row_keys is None else 0))
         tokens, skip = encode(patches, row_keys)
         following = jnp.pad(window, ((0, 0), (0, 1)))
-        trained, fixed = self.head.condition(following, samples, position)
+        given = {"plan": plan} if self.head.plan else {}
+        trained, fixed = self.head.condition(following, samples, position, **given)
+        if self.head.plan:
+            size = self.config.patch_samples
+            tokens = self.with_levels(tokens, self.head.levels(window, size, position)[:, ::size])
         conditioning = jax.tree.map(lambda x: x[:, -1], (*trained, *fixed))
         states, _ = self.transform(tokens, keys[1])
         newest_skip = None if skip is None else skip[:, -1]
@@ -188,17 +208,46 @@ class PatchWave(Model):
         Only the first result has a gradient, computed along with the value: nothing of the
         Transformer and the head is kept for the backward pass, nor computed twice.
         """
-        keys, folded = split(key, 2), self.folded()
-        pieces, fixed = self._pieces(segment, keys[0])
+        keys, folded, excess, weight = split(key, 2), self.folded(), None, None
+        if self.head.plan and key is not None:
+            key = jax.random.fold_in(key, 2)
+            waveform, excess, weight = contradict(self.head.bank.decode(segment)[0], key)
+            segment = self.head.bank.encode(waveform)
+        size = self.config.patch_samples
+        excess, weight = jax.tree.map(lambda x: x[:, size:], (excess, weight))
+        pieces, fixed = self._pieces(segment, keys[0], excess=excess)
+        weight = self._by_phase(weight)
 
-        def nats(pieces: Pieces, fixed: Any, index: Array) -> Array:
+        def nats(pieces: Pieces, both: tuple[Any, Any], index: Array) -> Array:
+            fixed, weight = both
             chunk_key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
-            return -self._read(pieces, fixed, self.head.log_prob, folded, chunk_key).mean((1, 2))
+            log_probs = self._read(pieces, fixed, self.head.log_prob, folded, chunk_key)
+            return -(log_probs if weight is None else log_probs * weight).mean((1, 2))
 
         chunk = self.execution.phase_chunk or pieces.tokens.shape[2]
-        return mean_over_chunks(nats, pieces, fixed, axis=2, size=chunk)
+        mean, row_nats = mean_over_chunks(nats, pieces, (fixed, weight), axis=2, size=chunk)
+        if not self.head.plan:
+            return mean, row_nats
+        plan_nats = -self._plan_log_probs(pieces, fixed, folded).mean((1, 2))
+        plan_nats /= self.head.plan.block_samples
+        return mean + plan_nats.mean(), row_nats + lax.stop_gradient(plan_nats)
 
-    def log_probs(self, segment: UInt8[Array, "B S"], last_n: int) -> Float32[Array, "B n"]:
+    def _plan_log_probs(
+        self, pieces: Pieces, fixed: Any, folded: list[Folded]
+    ) -> Float32[Array, "B n b"]:
+        """Log-probabilities, in nats, of the plans of the `b` blocks of each patch."""
+        every = self.head.plan.block_samples
+        pieces, fixed = jax.tree.map(lambda x: x[:, :, ::every], (pieces, fixed))
+        states = self._states(pieces, folded)
+        x = self.normed(states, pieces.skip)
+        return self.head.plan.log_prob(x, *pieces.trained, *fixed)
+
+    def log_probs(
+        self,
+        segment: UInt8[Array, "B S"],
+        last_n: int,
+        latents: Int32[Array, "B blocks Z"] | None = None,
+    ) -> Float32[Array, "B n"]:
         """Log-probabilities, in nats, of the `last_n` samples of a segment.
 
         With shards, these are whole patches, and a device has the targets of its own phases only,
@@ -209,7 +258,16 @@ class PatchWave(Model):
             raise ValueError(f"last_n {last_n} is not in [1, {segment.shape[1] - size}]")
         if self.execution.shards is not None and last_n % size:
             raise ValueError(f"last_n {last_n} is not a multiple of the {size} samples of a patch")
-        log_probs = self._dense(segment, self.head.log_prob, -(-last_n // size))
+        patches = -(-last_n // size)
+        pieces, fixed = self._pieces(segment, None, patches)
+        if latents is not None:
+            plan = jnp.repeat(latents, self.head.plan.block_samples, 1)
+            plan = plan.reshape(fixed[-1].plan.shape)
+            fixed = (*fixed[:-1], fixed[-1]._replace(plan=plan))
+        log_probs = self._dense(pieces, fixed, self.head.log_prob)
+        if self.head.plan:
+            plan = self._plan_log_probs(pieces, fixed, self.folded())
+            log_probs = log_probs.at[:, :, :: self.head.plan.block_samples].add(plan)
         return log_probs.reshape(segment.shape[0], -1)[:, -last_n:]
 
     def logits(self, segment: UInt8[Array, "B S"], every: int = 1) -> Float32[Array, "B n 256"]:
@@ -218,14 +276,13 @@ class PatchWave(Model):
         def head(hidden: Array, _: Array, *conditioning: Any) -> Array:
             return self.head.logits(hidden, *conditioning)
 
-        logits = self._dense(segment, head, every=every)
+        logits = self._dense(*self._pieces(segment, None), head, every=every)
         return logits.reshape(segment.shape[0], -1, quantisers.NUM_CODES)
 
     def _dense(
-        self, segment: Array, head: Callable[..., Array], patches: int | None = None, every: int = 1
+        self, pieces: Pieces, fixed: Any, head: Callable[..., Array], every: int = 1
     ) -> Array:
-        """`head` of the targets in the last `patches`, [B, n, P / every, ...], phases in chunks."""
-        pieces, fixed = self._pieces(segment, None, patches)
+        """`head` of the targets, [B, n, P / every, ...], phases in chunks."""
         pieces, fixed = jax.tree.map(lambda x: x[:, :, ::every], (pieces, fixed))
         folded, chunk = self.folded(), self.execution.phase_chunk
         chunk = chunk if chunk and every == 1 else pieces.tokens.shape[2]
@@ -235,7 +292,17 @@ class PatchWave(Model):
 
         return map_over_chunks(read, (pieces, fixed), axis=2, size=chunk)
 
-    def _pieces(self, segment: Array, key: Key, last_n: int | None = None) -> tuple[Pieces, Any]:
+    def _by_phase(self, x: Any) -> Any:
+        size = self.config.patch_samples
+        return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, size, *x.shape[2:]), x)
+
+    def _pieces(
+        self,
+        segment: Array,
+        key: Key,
+        last_n: int | None = None,
+        excess: Float32[Array, "B n Z"] | None = None,
+    ) -> tuple[Pieces, Any]:
         """What `_read` needs of a segment, and what of it needs no gradient.
 
         With shards, of this device's phases only. All but tokens is cut to the last `last_n`
@@ -245,7 +312,7 @@ class PatchWave(Model):
         batch, patches = segment.shape[0], segment.shape[1] // size - 1
         targets = segment[:, size:].reshape(batch, patches, size)
         if shards is None:
-            encoded, (trained, fixed) = self._encode_segment(segment, key)
+            encoded, (trained, fixed) = self._encode_segment(segment, key, excess=excess)
         else:  # encode a stretch of time at all phases, then exchange it for all time at own phases
             history = max(0, self.head.lookback - size)
             stretch = shards.own_stretch(segment, size, history)
@@ -258,7 +325,11 @@ class PatchWave(Model):
         return Pieces(encoded.tokens, skip, trained, targets), fixed
 
     def _encode_segment(
-        self, codes: UInt8[Array, "B S"], key: Key, history: int = 0
+        self,
+        codes: UInt8[Array, "B S"],
+        key: Key,
+        history: int = 0,
+        excess: Float32[Array, "B n Z"] | None = None,
     ) -> tuple[Encoded, Conditioning]:
         """Tokens, skips and the head's conditioning [B, N, P, ...] of (N + 1) P samples.
 
@@ -266,20 +337,18 @@ class PatchWave(Model):
         segment may be `history` samples for the head, which otherwise sees silence there.
         """
         size = self.config.patch_samples
-        trained, fixed = self.head.condition(codes, history + size)
+        more = {} if excess is None else {"excess": excess}
+        trained, fixed = self.head.condition(codes, history + size, **more)
         codes = codes[:, history:]
         patches = codes.shape[1] // size - 1
         chunk = min(patches, self.execution.encode_chunk_patches or patches)
         if patches % chunk:
             raise ValueError(f"chunks of {chunk} patches do not divide the {patches} patches")
 
-        def by_phase(x: Array) -> Array:
-            return x.reshape(x.shape[0], -1, size, *x.shape[2:])
-
         def encode(codes: Array, key: Key) -> Encoded:
             # Patches end before the targets, so the last sample of the segment is not encoded.
             encoded = self.encoder.every_offset(codes[:, :-1], codes.shape[1] - size, key)
-            return jax.tree.map(by_phase, Encoded(*encoded))
+            return self._by_phase(Encoded(*encoded))
 
         if chunk == patches:
             encoded = encode(codes, key)
@@ -291,7 +360,11 @@ class PatchWave(Model):
             keys = split(key, len(stretches))
             pieces = recomputed(encode, list(zip(stretches, keys, strict=True)))
             encoded = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *pieces)
-        return encoded, jax.tree.map(by_phase, (trained, fixed))
+        trained, fixed = self._by_phase((trained, fixed))
+        if self.head.plan:
+            tokens = self.with_levels(encoded.tokens, fixed[-1].recent)
+            encoded = encoded._replace(tokens=tokens)
+        return encoded, (trained, fixed)
 
     def _read(
         self,
@@ -302,14 +375,18 @@ class PatchWave(Model):
         key: Key = None,
     ) -> Array:
         """`head` of hidden vectors, targets and conditioning, for any phases: they don't mix."""
-        tokens, skip, trained, targets = pieces
-        batch, patches, phases, width = tokens.shape
-        keys, last_n = split(key, 2), targets.shape[1]
-        sequences = jnp.swapaxes(tokens, 1, 2).reshape(-1, patches, width)
-        states = self._last_states(sequences, last_n, keys[0], folded)
-        states = jnp.swapaxes(states.reshape(batch, phases, last_n, width), 1, 2)
-        hidden = self.hidden(states, skip, (*trained, *fixed), keys[1])
-        return head(hidden, targets, *trained, *fixed)
+        keys, conditioning = split(key, 2), (*pieces.trained, *fixed)
+        states = self._states(pieces, folded, keys[0])
+        hidden = self.hidden(states, pieces.skip, conditioning, keys[1])
+        return head(hidden, pieces.targets, *conditioning)
+
+    def _states(self, pieces: Pieces, folded: list[Folded], key: Key = None) -> Array:
+        """The Transformer's states of the targets, [B, n, phases, D]."""
+        batch, patches, phases, width = pieces.tokens.shape
+        last_n = pieces.targets.shape[1]
+        sequences = jnp.swapaxes(pieces.tokens, 1, 2).reshape(-1, patches, width)
+        states = self._last_states(sequences, last_n, key, folded)
+        return jnp.swapaxes(states.reshape(batch, phases, last_n, width), 1, 2)
 
     def _last_states(
         self, tokens: Float[Array, "M N D"], last_n: int, key: Key, folded: list[Folded]
@@ -340,6 +417,9 @@ class PatchWave(Model):
 
     # Generation: of the window that starts at `start`, the token before sample `position` is number
     # `(position - start) // P` of phase `position % P`.
+
+    def latents(self, state: State) -> Int32[Array, "B Z"]:
+        return state.head.plan
 
     def prepare(self) -> list[Folded]:
         return self.folded()
@@ -391,6 +471,8 @@ class PatchWave(Model):
             first = jnp.minimum(i * chunk, patches - chunk)
             piece = lax.dynamic_slice_in_dim(segment, first * size, (chunk + 1) * size, 1)
             tokens, _ = self.encoder.every_offset(piece[:, :-1], chunk * size)
+            if self.head.plan:
+                tokens = self.with_levels(tokens, self.head.levels(piece[:, :-1], size))
             tokens = tokens.reshape(rows, chunk, size, -1).transpose(2, 0, 1, 3)
             return lax.dynamic_update_slice_in_dim(cache, tokens, first, 2)
 
@@ -431,11 +513,14 @@ class PatchWave(Model):
         position: Int32[Array, ""],
         start: Int32[Array, ""],
         visible: int,
+        latent: Latent | None = None,
     ) -> tuple[State, Read]:
         size = self.config.patch_samples
         number, phase = (position - start) // size, position % size
         encoder, token, skip = self.encoder.step(state.encoder, code, position)
         head = self.head.step(state.head, code, position)
+        if self.head.plan:
+            token = self.with_levels(token, head.recent)
         tokens, phase_tokens = token[:, None], None
         if self.causal:
             caches = [Cache(x, phase, number, visible) for x in state.caches]
@@ -443,6 +528,12 @@ class PatchWave(Model):
         else:
             caches = [Cache(state.caches[0], phase, number, visible).put(tokens)]
             phase_tokens = caches[0].visible_tokens()
+        begins = latent is not None and position % self.head.plan.block_samples == 0
+        if latent is not None:
+            x = self.normed(tokens[:, -1], skip)
+            head = lax.cond(
+                begins, lambda: self.head.begin(head, x, position, latent), lambda: head
+            )
 
         def read() -> tuple[Array, Callable[[Array], Array]]:
             states = tokens
@@ -451,8 +542,11 @@ class PatchWave(Model):
                 states, _ = self.transform(window, None, prepared)
             trained, fixed = self.head.condition_next(head, position)
             hidden = self.hidden(states[:, -1], skip, (*trained, *fixed))
-            return self.head.drawing_logits(
-                hidden, *trained, *fixed
-            ), lambda code: self.head.log_prob(hidden, code, *trained, *fixed)
+
+            def log_prob(code: Array) -> Array:
+                found = self.head.log_prob(hidden, code, *trained, *fixed)
+                return found + jnp.where(begins, head.plan_log_prob, 0) if self.head.plan else found
+
+            return self.head.drawing_logits(hidden, *trained, *fixed), log_prob
 
         return State(encoder, head, [cache.tokens for cache in caches]), read

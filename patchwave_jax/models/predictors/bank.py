@@ -35,6 +35,8 @@ class Prediction(NamedTuple):
     mean: Float32[Array, "*shape"]
     scale: Float32[Array, "*shape"]  # of the error to expect
     differences: Float32[Array, "*shape J"] | None  # of each prediction and `mean`, over `scale`
+    log_trust: Float32[Array, "*shape J"] | None = None  # weights of the mean, unnormalised
+    rounding: Float32[Array, "*shape"] | None = None  # variance of the code's rounding at `mean`
 
 
 @runtime_checkable
@@ -134,6 +136,11 @@ class PredictorBank:
         noise = np.square(np.diff(quantiser.edges)) / 12
         return jnp.asarray(quantiser.centres)[index], jnp.asarray(noise)[index]
 
+    def encode(self, waveform: Float32[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+        """Codes of a waveform of full scale 1."""
+        edges = quantisers.get(self.quantiser).edges
+        return jnp.searchsorted(edges[1:-1], waveform, method="compare_all").astype(jnp.uint8)
+
     def _predict(self, waveform: Array, noise: Array, first: int) -> Float32[Array, "B n J"]:
         made = [predictor.predict(waveform, noise, first) for predictor in self.predictors]
         return made[0] if len(made) == 1 else jnp.concatenate(made, -1)
@@ -163,7 +170,8 @@ class PredictorBank:
         mean = (predicted * trust).sum(-1) / trust.sum(-1)
         edges = quantisers.get(self.quantiser).edges
         width = jnp.diff(edges)[jnp.searchsorted(edges[1:-1], mean)]
-        scale = jnp.sqrt(means[ERROR_SPANS[1]].min(-1) + jnp.square(width) / 12 + 1e-12)
+        rounding = jnp.square(width) / 12
+        scale = jnp.sqrt(means[ERROR_SPANS[1]].min(-1) + rounding + 1e-12)
 
         unit = scale[..., None]
         lags = [errors[:, m - lag : m - lag + count] / unit for lag in range(1, LAGS + 1)]
@@ -180,7 +188,8 @@ class PredictorBank:
             differences,
             jnp.stack(about, -1),
         ]
-        return Prediction(mean, scale, differences), jnp.concatenate(features, -1)
+        prediction = Prediction(mean, scale, differences, jnp.log(trust), rounding)
+        return prediction, jnp.concatenate(features, -1)
 
     # Generation, one sample at a time.
 
