@@ -259,7 +259,7 @@ class PlannedMixture(Mixture):
     def _levels(
         self, waveform: Float32[Array, "B T"], first: int, count: int
     ) -> Float32[Array, "B n Q"]:
-        """Levels of the newest block's length of samples, measured anew every `grid` samples."""
+        """Levels of the newest block's length of samples, measured again every `grid` samples."""
         size, cells = self.plan.block_samples, -(-count // self.grid)
         padded = jnp.pad(waveform, ((0, 0), (size, 0)))
         index = first + np.arange(cells)[:, None] * self.grid + np.arange(size)
