@@ -115,6 +115,26 @@ def picture(path: Path, made: Int16[np.ndarray, " T"], prompt: Prompt) -> None:
     figure.savefig(path, dpi=80)
 
 
+def write(
+    out: Path, prompts: list[Prompt], pcm: Int16[np.ndarray, "B T"], found: dict[str, Any]
+) -> None:
+    """The clips, their pictures, a page of both, and the measurements."""
+    out.mkdir(parents=True)
+    parts = []
+    for i, (prompt, made, row) in enumerate(zip(prompts, pcm, found["rows"], strict=True)):
+        assert prompt.original is not None
+        number, whole = f"{i:02}", np.concatenate([prompt.pcm, made])
+        soundfile.write(out / f"{number}.flac", whole, SAMPLE_RATE)
+        soundfile.write(out / f"{number}_real.flac", prompt.original, SAMPLE_RATE)
+        picture(out / f"{number}.png", made, prompt)
+        verdict = "; ".join(row["fails"]) or "pass"
+        parts.append(CLIP.format(number=number, verdict=verdict, source=prompt.source))
+    title = f"{found['failed']} of {found['clips']} continuations fail"
+    page = PAGE.format(title=title, table=table(found["rows"]), clips="\n".join(parts))
+    (out / "index.html").write_text(page)
+    (out / "closed_loop.json").write_text(json.dumps(found, indent=1))
+
+
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     """Prints the judgement of every clip."""
@@ -165,22 +185,7 @@ def main(argv: list[str] | None = None) -> None:
         "rows": rows,
     }
     if out:
-        out.mkdir(parents=True)
-        for number, (prompt, made) in enumerate(zip(prompts, pcm, strict=True)):
-            assert prompt.original is not None
-            whole = np.concatenate([prompt.pcm, made])
-            soundfile.write(out / f"{number:02}.flac", whole, SAMPLE_RATE)
-            soundfile.write(out / f"{number:02}_real.flac", prompt.original, SAMPLE_RATE)
-            picture(out / f"{number:02}.png", made, prompt)
-        verdicts = ["; ".join(row["fails"]) or "pass" for row in rows]
-        parts = [
-            CLIP.format(number=f"{i:02}", verdict=verdict, source=prompt.source)
-            for i, (verdict, prompt) in enumerate(zip(verdicts, prompts, strict=True))
-        ]
-        title = f"{failed} of {len(rows)} continuations fail"
-        page = PAGE.format(title=title, table=table(rows), clips="\n".join(parts))
-        (out / "index.html").write_text(page)
-        (out / "closed_loop.json").write_text(json.dumps(found, indent=1))
+        write(out, prompts, pcm, found)
     print(table(rows))
     print(json.dumps({name: value for name, value in found.items() if name != "rows"}, indent=1))
 

@@ -25,7 +25,7 @@ from patchwave_jax.data import quantisers
 from patchwave_jax.errors import UserError
 from patchwave_jax.evaluation import protocol
 from patchwave_jax.generation.sampling_params import SamplingParams
-from patchwave_jax.models.base import Latent, Model
+from patchwave_jax.models.base import Model
 from patchwave_jax.runtime.mesh import replicated
 
 CHUNK_SAMPLES = 800  # made by one call of the compiled loop
@@ -249,7 +249,7 @@ class Sampler:
         """`count` samples from `position` on, the first `known` of them given."""
         model, (rows, chunk) = self._merge(params), given.shape
         uniforms = self.sampling.uniforms(streams, position, chunk)
-        latent = self._latents(streams, position, chunk)
+        latent_uniforms = self._latent_uniforms(streams, position, chunk)
         block = self.config.model.latent_block or chunk
         size = self.config.model.latent_size if self.config.model.latent_block else 0
         latents = jnp.zeros((rows, chunk // block + 2, size), jnp.int32)
@@ -257,7 +257,13 @@ class Sampler:
         def sample(i: Array, carry: Any) -> Any:
             state, previous, codes, log_probs, latents = carry
             state, read = model.step(
-                prepared, state, previous, position + i, start, visible, latent(position + i)
+                prepared,
+                state,
+                previous,
+                position + i,
+                start,
+                visible,
+                latent_uniforms(position + i),
             )
 
             def draw() -> tuple[Array, Array]:
@@ -278,7 +284,7 @@ class Sampler:
         state, _, codes, log_probs, latents = lax.fori_loop(0, count, sample, begin)
         return state, codes, log_probs, latents
 
-    def _latents(self, streams: Array, position: Array, chunk: int) -> Any:
+    def _latent_uniforms(self, streams: Array, position: Array, chunk: int) -> Any:
         """What the latent variables of the block around a position are drawn from."""
         size, block = self.config.model.latent_size, self.config.model.latent_block
         if not block:
@@ -286,11 +292,7 @@ class Sampler:
         first = position // block
         uniforms = self.sampling.latent_uniforms(streams, first, chunk // block + 2, size)
 
-        def of_block(at: Array) -> Latent:
-            own = lax.dynamic_index_in_dim(uniforms, at // block - first, keepdims=False)
-            return Latent(own, jnp.full(own.shape, -1, jnp.int32))
-
-        return of_block
+        return lambda at: lax.dynamic_index_in_dim(uniforms, at // block - first, keepdims=False)
 
     def state_bytes(self) -> int:
         """Size of all streams' state."""

@@ -29,13 +29,6 @@ from patchwave_jax.models.layers import Key
 Read = Callable[[], tuple[Array, Callable[[Array], Array]]]  # see `Model.step`
 
 
-class Latent(NamedTuple):
-    """What a model with latent variables draws those of its next block from."""
-
-    uniforms: Float32[Array, "B Z"]  # uniform numbers
-    given: Int32[Array, "B Z"]  # values that are not drawn; negative ones are
-
-
 @dataclasses.dataclass(frozen=True)
 class Execution:
     """How much of a window is computed at once, and by whom: changes no result."""
@@ -246,11 +239,11 @@ class Model(nnx.Module):
         position: Int32[Array, ""],
         start: Int32[Array, ""],
         visible: int,
-        latent: Latent | None = None,
+        uniforms: Float32[Array, "B Z"] | None = None,
     ) -> tuple[Any, Read]:
         """The state after `code`, the sample before `position`, in the window from `start` on.
 
-        `latent` is for the block that `position` is in, of a model that has latent variables.
+        From `uniforms` a model draws the latent variables of the block that `position` is in.
 
         Returns:
           The state, and a function that reads the distribution of sample `position` from it:
@@ -303,7 +296,7 @@ class Baseline(Model):
         position: Array,
         start: Array,
         visible: int,
-        latent: Latent | None = None,
+        uniforms: Float32[Array, "B Z"] | None = None,
     ) -> tuple[Any, Read]:
         state, logits = self.step_logits(prepared, state, code, position, start)
         return state, lambda: (logits, functools.partial(log_prob, logits))

@@ -27,13 +27,15 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from patchwave_jax.data import quantisers
-from patchwave_jax.models.base import Execution, Latent, Model, Read
+from patchwave_jax.models.base import Execution, Model, Read
 from patchwave_jax.models.chunking import map_over_chunks, mean_over_chunks, recomputed
 from patchwave_jax.models.layers import Key, split
 from patchwave_jax.models.patchwave.config import PatchWaveConfig
+from patchwave_jax.models.patchwave.contradiction import contradict
 from patchwave_jax.models.patchwave.encoder import Encoder, EncoderState
 from patchwave_jax.models.patchwave.heads import Conditioning, LogisticMixture, Softmax
-from patchwave_jax.models.patchwave.plan import BANDS, PlannedMixture, contradict
+from patchwave_jax.models.patchwave.plan import BANDS
+from patchwave_jax.models.patchwave.planned_mixture import PlannedMixture
 from patchwave_jax.models.patchwave.transformer import Block, Cache, Folded, positions
 
 PRIME_BYTES = 2.5e8  # about what priming holds at once, besides the state
@@ -513,7 +515,7 @@ class PatchWave(Model):
         position: Int32[Array, ""],
         start: Int32[Array, ""],
         visible: int,
-        latent: Latent | None = None,
+        uniforms: Float32[Array, "B Z"] | None = None,
     ) -> tuple[State, Read]:
         size = self.config.patch_samples
         number, phase = (position - start) // size, position % size
@@ -528,11 +530,11 @@ class PatchWave(Model):
         else:
             caches = [Cache(state.caches[0], phase, number, visible).put(tokens)]
             phase_tokens = caches[0].visible_tokens()
-        begins = latent is not None and position % self.head.plan.block_samples == 0
-        if latent is not None:
+        begins = uniforms is not None and position % self.head.plan.block_samples == 0
+        if uniforms is not None:
             x = self.normed(tokens[:, -1], skip)
             head = lax.cond(
-                begins, lambda: self.head.begin(head, x, position, latent), lambda: head
+                begins, lambda: self.head.begin(head, x, position, uniforms), lambda: head
             )
 
         def read() -> tuple[Array, Callable[[Array], Array]]:
